@@ -1,0 +1,261 @@
+//! Messages between host and agent, and their framing.
+//!
+//! Every vsock connection starts with one framed message. On a connection that the host opens to
+//! [`AGENT_PORT`] it is an [`Open`]; on the one that the agent opens to [`HELLO_PORT`] of the host
+//! it is a [`Hello`]. A byte stream ([`Open::Stream`]) is raw from there on, so that it can be
+//! spliced with nothing in between; all others stay framed.
+//!
+//! A frame is its length (u32, little endian, at most [`MAX_FRAME`]) and that many bytes of postcard.
+
+use std::io::{self, Read, Write};
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+/// Changes with every change of a message.
+pub const VERSION: u32 = 1;
+
+/// The vsock port on which the agent listens in the guest.
+pub const AGENT_PORT: u32 = 1024;
+
+/// The vsock port of the host (CID 2) to which the agent connects when it is ready.
+pub const HELLO_PORT: u32 = 1024;
+
+/// The longest frame: room for the 2 MiB of arguments and environment that Linux allows.
+pub const MAX_FRAME: usize = 4 << 20;
+
+/// What the agent says first, on a connection to [`HELLO_PORT`]; it is closed after this message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Hello {
+    /// The machine is up and [`AGENT_PORT`] is listening.
+    Ready {
+        /// [`VERSION`] of the agent.
+        version: u32,
+        /// CLOCK_BOOTTIME when the agent's first instruction ran, in nanoseconds: the kernel's share of the boot.
+        agent_started_ns: u64,
+        /// CLOCK_BOOTTIME when it was ready, in nanoseconds.
+        agent_ready_ns: u64,
+        /// `uname -r`.
+        kernel_release: String,
+    },
+    /// The machine cannot be used; one sentence that says why.
+    Failed(String),
+}
+
+/// The first message of a connection to [`AGENT_PORT`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Open {
+    /// Run a command; the connection goes on with [`ToSession`] and [`FromSession`].
+    ///
+    /// The command starts when all the streams that it needs have been opened: Terminal with
+    /// a terminal, else Stdout, Stderr and (with `stdin`) Stdin.
+    Exec(Exec),
+    /// Becomes one stream of the session with this number; raw bytes follow.
+    Stream {
+        /// [`Exec::session`].
+        session: u64,
+        /// Which stream.
+        kind: StreamKind,
+    },
+    /// End all processes (SIGTERM, then SIGKILL after `grace_ms`), sync, and power off. No answer: the machine ends.
+    PowerOff {
+        /// Milliseconds between SIGTERM and SIGKILL.
+        grace_ms: u32,
+    },
+    /// Set CLOCK_REALTIME to this many nanoseconds since 1970; answered with [`Done`].
+    SetTime {
+        /// Nanoseconds since 1970-01-01 UTC.
+        epoch_ns: u64,
+    },
+}
+
+/// The answer to a request that has no other.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Done(pub Result<(), String>);
+
+/// One of a session's byte streams, seen from the command.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum StreamKind {
+    /// Host to guest; the host's half-close is the command's end of file.
+    Stdin,
+    /// Guest to host.
+    Stdout,
+    /// Guest to host.
+    Stderr,
+    /// Both ways: the master side of the session's pty.
+    Terminal,
+}
+
+/// A command to run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exec {
+    /// A random number that ties the session's streams to it.
+    pub session: u64,
+    /// Program and arguments; the program is looked up in the PATH of `env` where it has no slash.
+    /// Empty: the user's login shell, interactive. Bytes, as Linux takes any.
+    pub argv: Vec<Vec<u8>>,
+    /// Set over the base environment (PATH, HOME, USER, LOGNAME, SHELL, and TERM with a terminal).
+    pub env: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Start with an empty environment rather than the base one.
+    pub clear_env: bool,
+    /// Absolute working directory; None is the user's home, or `/` where that is missing.
+    pub cwd: Option<Vec<u8>>,
+    /// `NAME`, `UID`, `NAME:GROUP` or `UID:GID`; None is root.
+    pub user: Option<String>,
+    /// Run on a new pty of this size, as its session leader.
+    pub terminal: Option<WindowSize>,
+    /// Whether a Stdin stream will be opened; else the command reads `/dev/null`.
+    pub stdin: bool,
+    /// Resolve everything in the filesystem the agent was started in rather than in the machine's root.
+    pub in_initramfs: bool,
+}
+
+/// The size of a terminal in character cells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowSize {
+    /// Lines.
+    pub rows: u16,
+    /// Columns.
+    pub cols: u16,
+}
+
+/// From the host, on a session's connection. Its end (EOF) hangs up: SIGHUP and SIGTERM to
+/// the command's process group, SIGKILL 10 s later.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToSession {
+    /// Send this signal to the command's process group (the terminal's foreground group, where it has one).
+    Signal(i32),
+    /// The terminal has a new size.
+    Resize(WindowSize),
+}
+
+/// From the agent, on a session's connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromSession {
+    /// The command runs.
+    Started {
+        /// Its process id in the guest.
+        pid: u32,
+    },
+    /// The command could not be started; nothing follows.
+    Refused {
+        /// What kind of failure, for the exit code.
+        reason: Refusal,
+        /// One sentence.
+        message: String,
+    },
+    /// The command ended; its output streams end after what it had written.
+    Exited(ExitStatus),
+}
+
+/// Why a command could not be started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Refusal {
+    /// No such program: exit code 127.
+    NotFound,
+    /// It is there and cannot be executed: exit code 126.
+    NotExecutable,
+    /// Anything else (user, working directory, memory): exit code 125.
+    Other,
+}
+
+/// How a command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExitStatus {
+    /// It exited with this code.
+    Code(i32),
+    /// A signal killed it.
+    Signal(i32),
+}
+
+impl ExitStatus {
+    /// The exit code a shell would report: the code itself, or 128 + the signal.
+    pub fn shell_code(self) -> i32 {
+        match self {
+            Self::Code(code) => code,
+            Self::Signal(signal) => 128 + signal,
+        }
+    }
+}
+
+/// Writes one framed message with a single `write` of the whole frame.
+///
+/// Fails with InvalidInput where the message is longer than [`MAX_FRAME`].
+pub fn send<T: Serialize>(mut to: impl Write, message: &T) -> io::Result<()> {
+    let mut frame = vec![0u8; 4];
+    frame = postcard::to_extend(message, frame).map_err(io::Error::other)?;
+    let len = frame.len() - 4;
+    if len > MAX_FRAME {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("a message of {len} bytes is longer than {MAX_FRAME}"),
+        ));
+    }
+    frame[..4].copy_from_slice(&(len as u32).to_le_bytes());
+    to.write_all(&frame)?;
+    to.flush()
+}
+
+/// Reads one framed message; None at a clean end before its first byte.
+///
+/// Fails with InvalidData on a frame that is too long or is not a `T`, and with UnexpectedEof
+/// on half a frame. Memory grows with the bytes that arrive, not with the length announced.
+pub fn receive<T: DeserializeOwned>(mut from: impl Read) -> io::Result<Option<T>> {
+    let mut len = [0u8; 4];
+    let mut have = 0;
+    while have < 4 {
+        match from.read(&mut len[have..]) {
+            Ok(0) if have == 0 => return Ok(None),
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => have += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    let len = u32::from_le_bytes(len) as usize;
+    if len > MAX_FRAME {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("a frame announces {len} bytes, more than {MAX_FRAME}"),
+        ));
+    }
+    let mut body = Vec::with_capacity(len.min(64 << 10));
+    from.take(len as u64).read_to_end(&mut body)?;
+    if body.len() < len {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    postcard::from_bytes(&body)
+        .map(Some)
+        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_come_back_as_they_were_sent() {
+        let sent = Open::Stream {
+            session: 7,
+            kind: StreamKind::Stdout,
+        };
+        let mut wire = Vec::new();
+        send(&mut wire, &sent).unwrap();
+        send(&mut wire, &sent).unwrap();
+        let mut from = wire.as_slice();
+        assert_eq!(receive::<Open>(&mut from).unwrap(), Some(sent.clone()));
+        assert_eq!(receive::<Open>(&mut from).unwrap(), Some(sent));
+        assert_eq!(receive::<Open>(&mut from).unwrap(), None);
+    }
+
+    #[test]
+    fn half_a_frame_and_an_endless_frame_are_errors() {
+        let mut wire = Vec::new();
+        send(&mut wire, &Open::PowerOff { grace_ms: 1000 }).unwrap();
+        for cut in 1..wire.len() {
+            let error = receive::<Open>(&wire[..cut]).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "cut at {cut}");
+        }
+        let error = receive::<Open>(&[0xff; 64][..]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+}
