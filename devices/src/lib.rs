@@ -9,5 +9,7 @@
 
 pub mod bus;
 pub mod interrupt;
+pub mod power;
+pub mod serial;
 pub mod virtio;
 pub mod worker;
