@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub struct Interrupt {
     line: EventFd,
     status: AtomicU32,
+    config_generation: AtomicU32,
     needs_reset: AtomicBool,
 }
 
@@ -22,6 +23,7 @@ impl Interrupt {
         Self {
             line,
             status: AtomicU32::new(0),
+            config_generation: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
         }
     }
@@ -38,6 +40,7 @@ impl Interrupt {
 
     /// Tells the driver that the configuration space changed.
     pub fn signal_config(&self) {
+        self.config_generation.fetch_add(1, Ordering::AcqRel);
         self.raise(VIRTIO_MMIO_INT_CONFIG);
     }
 
@@ -56,6 +59,12 @@ impl Interrupt {
     /// The InterruptStatus register.
     pub fn status(&self) -> u32 {
         self.status.load(Ordering::Acquire)
+    }
+
+    /// The ConfigGeneration register: changes whenever the configuration space did. It wraps, and
+    /// a reset leaves it alone, so a driver never sees an old value for a new configuration.
+    pub fn config_generation(&self) -> u32 {
+        self.config_generation.load(Ordering::Acquire)
     }
 
     /// Clears the bits that the driver wrote to InterruptACK.

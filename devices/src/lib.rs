@@ -11,5 +11,7 @@ pub mod bus;
 pub mod interrupt;
 pub mod power;
 pub mod serial;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod virtio;
 pub mod worker;

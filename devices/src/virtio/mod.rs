@@ -4,6 +4,9 @@
 //! host resource while it is inactive, and at DRIVER_OK queues and resource move together into a
 //! worker thread that owns them until reset.
 
+pub mod mmio;
+pub mod queue;
+
 use std::io;
 use std::sync::Arc;
 
