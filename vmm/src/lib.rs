@@ -1,1 +1,2 @@
 //! (placeholder while the crate is laid out)
+pub mod image;
