@@ -32,7 +32,8 @@ pub const GED_POWER_BUTTON: u8 = 1 << 0;
 
 const SLP_EN: u8 = 1 << 5;
 const SLP_TYP_SHIFT: u8 = 2;
-const SLP_TYP_MASK: u8 = 0x7;
+const SLEEP_BITS: u8 = SLP_EN | 0x7 << SLP_TYP_SHIFT;
+const ENTER_S5: u8 = SLP_EN | SLP_TYP_S5 << SLP_TYP_SHIFT;
 
 /// The first port of the keyboard controller.
 pub const I8042_PORT: u64 = 0x60;
@@ -117,11 +118,7 @@ impl BusDevice for Power {
     fn write(&self, offset: u64, data: &[u8]) {
         let &[value] = data else { return };
         match offset {
-            SLEEP_CONTROL if value & SLP_EN != 0 => {
-                if (value >> SLP_TYP_SHIFT) & SLP_TYP_MASK == SLP_TYP_S5 {
-                    self.announcer.tell(PowerEvent::Off);
-                }
-            }
+            SLEEP_CONTROL if value & SLEEP_BITS == ENTER_S5 => self.announcer.tell(PowerEvent::Off),
             RESET if value == RESET_VALUE => self.announcer.tell(PowerEvent::Reset),
             _ => {}
         }
