@@ -6,6 +6,8 @@
 
 pub mod mmio;
 pub mod queue;
+pub mod ring;
+pub mod rng;
 
 use std::io;
 use std::sync::Arc;
