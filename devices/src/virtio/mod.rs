@@ -4,10 +4,12 @@
 //! host resource while it is inactive, and at DRIVER_OK queues and resource move together into a
 //! worker thread that owns them until reset.
 
+pub mod block;
 pub mod mmio;
 pub mod queue;
 pub mod ring;
 pub mod rng;
+pub mod vsock;
 
 use std::io;
 use std::sync::Arc;

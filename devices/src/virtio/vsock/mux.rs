@@ -1,0 +1,445 @@
+//! All connections of a vsock device, between the guest's rings and the host's streams.
+//!
+//! One thread owns a [`Mux`] and calls [`Mux::turn`] whenever the driver notified a queue or the
+//! mux's own descriptor is readable; that descriptor is an epoll of every host stream, the
+//! handles' commands and the timer. It serves two transports: the MMIO device's worker and
+//! vhost-user.
+//!
+//! Bounds that hold whatever the guest does: connections by [`VsockConfig::max_connections`];
+//! bytes held by the sum of advertised buffers; control packets as flags of their connection;
+//! resets for packets without a connection by [`MAX_RESETS`], at which the guest's packets are
+//! left in its own ring until it takes the resets.
+
+mod from_guest;
+pub(super) mod table;
+mod to_guest;
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+
+use virtio_queue::Queue;
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::timerfd::TimerFd;
+
+use self::from_guest::TxEnd;
+use self::table::{Key, Table};
+use self::to_guest::RxEnd;
+use super::connection::{Connection, State};
+use super::counters::Counters;
+use super::handle::{Command, Completion, ConnectError, Fallback, Service, VsockHandle};
+use super::stream::HostStream;
+use super::{HOST_CID, VsockConfig};
+
+/// The most resets that wait for receive buffers before the guest's packets wait too.
+pub(super) const MAX_RESETS: usize = 1024;
+
+/// Bytes that a connection may hold for its host stream.
+const BUF_ALLOC_MAX: u32 = 256 << 10;
+/// The same for connections that come when [`BUFFER_BUDGET`] is spent.
+const BUF_ALLOC_MIN: u32 = 16 << 10;
+/// Bytes that all connections together may hold before new ones get the least.
+const BUFFER_BUDGET: u64 = 128 << 20;
+
+/// The first port for the host's end of connections that it opens.
+const FIRST_HOST_PORT: u32 = 1 << 30;
+
+/// How often deadlines are looked at while there are any.
+const TICK: Duration = Duration::from_secs(1);
+
+/// Times that a turn goes over both rings before it lets the event loop look at other things.
+const ROUNDS: usize = 4;
+
+const WAKE: u64 = u64::MAX;
+const TIMER: u64 = u64::MAX - 1;
+
+/// A queue whose driver is to be notified.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VsockQueue {
+    /// Queue 0: packets for the guest.
+    Rx,
+    /// Queue 1: packets from the guest.
+    Tx,
+}
+
+/// A reset for a connection that does not exist, or not any more.
+#[derive(Debug, Clone, Copy)]
+struct Reset {
+    key: Key,
+    socket_type: u16,
+}
+
+/// The connections of one device.
+pub struct Mux {
+    guest_cid: u64,
+    max_connections: usize,
+    connect_timeout: Duration,
+    close_timeout: Duration,
+    epoll: Epoll,
+    wake: Arc<EventFd>,
+    timer: TimerFd,
+    timer_runs: bool,
+    commands: mpsc::Receiver<Command>,
+    services: HashMap<u32, Service>,
+    fallback: Option<Fallback>,
+    table: Table,
+    /// Slots with something to send to the guest, in turn.
+    runnable: VecDeque<usize>,
+    resets: VecDeque<Reset>,
+    next_port: u32,
+    /// The sum of all connections' `buf_alloc`.
+    promised: u64,
+    counters: Arc<Counters>,
+}
+
+impl Mux {
+    /// A mux without connections, and the handle that commands it.
+    pub fn new(config: &VsockConfig) -> io::Result<(Self, VsockHandle)> {
+        let epoll = Epoll::new()?;
+        let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+        let timer = TimerFd::new().map_err(io::Error::from)?;
+        for (fd, token) in [(wake.as_raw_fd(), WAKE), (timer.as_raw_fd(), TIMER)] {
+            epoll.ctl(
+                ControlOperation::Add,
+                fd,
+                EpollEvent::new(EventSet::IN, token),
+            )?;
+        }
+        let counters = Arc::new(Counters::default());
+        let (sender, commands) = mpsc::channel();
+        let handle = VsockHandle::new(sender, wake.clone(), counters.clone());
+        let mux = Self {
+            guest_cid: config.cid,
+            max_connections: config.max_connections,
+            connect_timeout: config.connect_timeout,
+            close_timeout: config.close_timeout,
+            epoll,
+            wake,
+            timer,
+            timer_runs: false,
+            commands,
+            services: HashMap::new(),
+            fallback: None,
+            table: Table::default(),
+            runnable: VecDeque::new(),
+            resets: VecDeque::new(),
+            next_port: FIRST_HOST_PORT,
+            promised: 0,
+            counters,
+        };
+        Ok((mux, handle))
+    }
+
+    /// Moves everything that can be moved now, and calls `notify` for each queue whose driver
+    /// wants to know.
+    ///
+    /// An error means that a ring cannot be right: the device needs a reset.
+    pub fn turn(
+        &mut self,
+        memory: &GuestMemoryMmap,
+        rx: &mut Queue,
+        tx: &mut Queue,
+        mut notify: impl FnMut(VsockQueue),
+    ) -> Result<(), virtio_queue::Error> {
+        self.poll_host();
+        for _ in 0..ROUNDS {
+            let tx_end = self.drain_guest(memory, tx, &mut notify)?;
+            let rx_end = self.feed_guest(memory, rx, &mut notify)?;
+            match (tx_end, rx_end) {
+                (TxEnd::Empty, RxEnd::Idle | RxEnd::NoBuffers) => return Ok(()),
+                // The driver's next receive buffer brings the next turn.
+                (TxEnd::TooManyResets, RxEnd::NoBuffers) => return Ok(()),
+                _ => {}
+            }
+        }
+        // Work is left, but other events deserve a look first. The write fails only when the
+        // counter would overflow: then it is readable already.
+        let _ = self.wake.write(1);
+        Ok(())
+    }
+
+    /// Forgets all connections, as at a device reset; services stay.
+    pub fn reset(&mut self) {
+        let all: Vec<usize> = self.table.iter_mut().map(|(index, _)| index).collect();
+        for index in all {
+            self.remove(index);
+        }
+        self.resets.clear();
+    }
+
+    /// Looks at host streams, commands and deadlines.
+    fn poll_host(&mut self) {
+        const BATCH: usize = 128;
+        let mut events = [EpollEvent::default(); BATCH];
+        // What is left after this many rounds leaves the descriptor readable.
+        for _ in 0..64 {
+            let count = self.epoll.wait(0, &mut events).unwrap_or(0);
+            for event in &events[..count] {
+                match event.data() {
+                    WAKE => drop(self.wake.read()),
+                    TIMER => self.tick(),
+                    token => self.host_event(token, event.event_set()),
+                }
+            }
+            if count < BATCH {
+                break;
+            }
+        }
+        while let Ok(command) = self.commands.try_recv() {
+            self.command(command);
+        }
+    }
+
+    fn host_event(&mut self, token: u64, events: EventSet) {
+        let Some(index) = self.table.from_token(token) else {
+            return;
+        };
+        let Some(connection) = self.table.get_mut(index) else {
+            return;
+        };
+        let hung_up = events.intersects(EventSet::HANG_UP | EventSet::ERROR);
+        if hung_up || events.intersects(EventSet::IN | EventSet::READ_HANG_UP) {
+            connection.stream.readable = true;
+        }
+        if hung_up {
+            connection.stream.hung_up = true;
+            connection.host_takes_no_more();
+        } else if events.contains(EventSet::OUT) {
+            connection.stream.writable = true;
+        }
+        connection.flush();
+        if connection.is_done() {
+            self.remove(index);
+        } else {
+            self.schedule(index);
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Connect {
+                port,
+                stream,
+                completion,
+            } => self.connect(port, stream, completion),
+            Command::Listen { port, service } => {
+                self.services.insert(port, service);
+            }
+            Command::Unlisten { port } => {
+                self.services.remove(&port);
+            }
+            Command::Fallback(fallback) => self.fallback = fallback,
+        }
+    }
+
+    fn connect(&mut self, guest_port: u32, stream: OwnedFd, completion: Completion) {
+        let stream = match HostStream::new(stream) {
+            Ok(stream) => stream,
+            Err(error) => {
+                tracing::warn!("a stream cannot be joined to guest port {guest_port}: {error}");
+                return completion.complete(Err(ConnectError::BadStream));
+            }
+        };
+        let Some(key) = self.free_key(guest_port) else {
+            return completion.complete(Err(ConnectError::TooMany));
+        };
+        let buf_alloc = self.buf_alloc();
+        self.add(Connection::outgoing(key, stream, buf_alloc, completion));
+    }
+
+    /// A port of the host for a connection to `guest_port`; None where the table is full.
+    fn free_key(&mut self, guest_port: u32) -> Option<Key> {
+        if self.table.len() >= self.max_connections {
+            return None;
+        }
+        // Fewer keys are taken than this loop tries.
+        for _ in 0..=self.max_connections {
+            let key = Key {
+                host_port: self.next_port,
+                guest_port,
+            };
+            self.next_port = match self.next_port {
+                // The last number means "any port" (VMADDR_PORT_ANY).
+                port if port >= u32::MAX - 1 => FIRST_HOST_PORT,
+                port => port + 1,
+            };
+            if self.table.find(key).is_none() {
+                return Some(key);
+            }
+        }
+        None
+    }
+
+    fn buf_alloc(&self) -> u32 {
+        let share = BUFFER_BUDGET.saturating_sub(self.promised) / 64;
+        u32::try_from(share)
+            .unwrap_or(u32::MAX)
+            .clamp(BUF_ALLOC_MIN, BUF_ALLOC_MAX)
+    }
+
+    /// Puts a connection into the table and watches its stream; false where that fails.
+    fn add(&mut self, connection: Connection) -> bool {
+        let fd = connection.stream.as_raw_fd();
+        let promised = u64::from(connection.credit.buf_alloc());
+        let index = self.table.insert(connection);
+        let events =
+            EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        let event = EpollEvent::new(events, self.table.token(index));
+        if let Err(error) = self.epoll.ctl(ControlOperation::Add, fd, event) {
+            tracing::warn!("a vsock host stream cannot be watched: {error}");
+            if let Some(connection) = self.table.remove(index)
+                && let State::Connecting(completion) = connection.state
+            {
+                completion.complete(Err(ConnectError::BadStream));
+            }
+            return false;
+        }
+        self.promised += promised;
+        Counters::add(&self.counters.connections, 1);
+        Counters::add(&self.counters.opened, 1);
+        self.schedule(index);
+        true
+    }
+
+    /// Puts a connection into the queue of those with something to send, if it has.
+    fn schedule(&mut self, index: usize) {
+        let runnable = self
+            .table
+            .get_mut(index)
+            .is_some_and(|connection| connection.is_runnable());
+        if runnable && !self.table.set_queued(index, true) {
+            self.runnable.push_back(index);
+        }
+    }
+
+    /// Ends a connection as the guest sees it. Bytes that the guest had sent still go to the host.
+    fn close(&mut self, index: usize) {
+        let Some(connection) = self.table.get_mut(index) else {
+            return;
+        };
+        let key = connection.key;
+        if connection.linger() {
+            self.table.forget_key(key, index);
+        } else {
+            self.remove(index);
+        }
+    }
+
+    /// Ends a connection and tells the guest so.
+    fn abort(&mut self, index: usize) {
+        if let Some(connection) = self.table.get_mut(index) {
+            let key = connection.key;
+            self.resets.push_back(Reset {
+                key,
+                socket_type: super::packet::VIRTIO_VSOCK_TYPE_STREAM,
+            });
+            self.close(index);
+        }
+    }
+
+    fn remove(&mut self, index: usize) {
+        let Some(connection) = self.table.remove(index) else {
+            return;
+        };
+        // Closing the socket is not enough where the caller kept a duplicate of it.
+        let fd = connection.stream.as_raw_fd();
+        if let Err(error) = self
+            .epoll
+            .ctl(ControlOperation::Delete, fd, EpollEvent::default())
+        {
+            tracing::warn!("a vsock host stream is still watched: {error}");
+        }
+        self.promised -= u64::from(connection.credit.buf_alloc());
+        Counters::sub(&self.counters.connections, 1);
+    }
+
+    /// Gives the guest until then to answer.
+    fn set_deadline(&mut self, index: usize) {
+        let Some(connection) = self.table.get_mut(index) else {
+            return;
+        };
+        let timeout = match connection.state {
+            State::Connecting(_) => self.connect_timeout,
+            _ => self.close_timeout,
+        };
+        connection.deadline = Some(Instant::now() + timeout);
+        if !self.timer_runs {
+            match self.timer.reset(TICK, Some(TICK)) {
+                Ok(()) => self.timer_runs = true,
+                Err(error) => tracing::warn!("the vsock timer cannot be set: {error}"),
+            }
+        }
+    }
+
+    fn tick(&mut self) {
+        let _ = self.timer.wait();
+        let now = Instant::now();
+        let mut waiting = false;
+        let mut expired = Vec::new();
+        for (index, connection) in self.table.iter_mut() {
+            match connection.deadline {
+                Some(deadline) if deadline <= now => expired.push(index),
+                Some(_) => waiting = true,
+                None => {}
+            }
+        }
+        for index in expired {
+            self.expire(index);
+        }
+        if !waiting && self.timer.clear().is_ok() {
+            self.timer_runs = false;
+        }
+    }
+
+    fn expire(&mut self, index: usize) {
+        let Some(connection) = self.table.get_mut(index) else {
+            return;
+        };
+        if let State::Connecting(_) = connection.state
+            && let State::Connecting(completion) =
+                std::mem::replace(&mut connection.state, State::Lingering)
+        {
+            Counters::add(&self.counters.refused, 1);
+            completion.complete(Err(ConnectError::TimedOut));
+        }
+        self.abort(index);
+    }
+
+    fn reset_header(&self, reset: Reset) -> super::packet::Header {
+        super::packet::Header {
+            src_cid: HOST_CID,
+            dst_cid: self.guest_cid,
+            src_port: reset.key.host_port,
+            dst_port: reset.key.guest_port,
+            socket_type: reset.socket_type,
+            op: super::packet::VIRTIO_VSOCK_OP_RST,
+            ..Default::default()
+        }
+    }
+}
+
+impl AsRawFd for Mux {
+    /// The descriptor that is readable when [`Mux::turn`] has work from the host's side.
+    fn as_raw_fd(&self) -> RawFd {
+        self.epoll.as_raw_fd()
+    }
+}
+
+impl Drop for Mux {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}
+
+impl std::fmt::Debug for Mux {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mux")
+            .field("guest_cid", &self.guest_cid)
+            .field("connections", &self.table.len())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,3 @@
+//! Credit, backpressure, fairness and the integrity of what is carried.
+
+use super::*;

@@ -1,0 +1,3 @@
+//! A guest that breaks the rules.
+
+use super::*;
