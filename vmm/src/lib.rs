@@ -1,2 +1,32 @@
-//! (placeholder while the crate is laid out)
+//! The machine monitor: from a [`MachineConfig`] to a running [`Machine`] on KVM.
+//!
+//! [`launch`] is the recipe. What depends on the processor architecture is in `arch`; devices are
+//! in the `devices` crate and know nothing of KVM; `notify` joins the two by eventfds, so that
+//! queue notifications and interrupts cause no exit to user space.
+
+mod arch;
+mod attach;
+pub mod boot;
+pub mod config;
+mod control;
+mod exit;
 pub mod image;
+mod launch;
+mod machine;
+mod memory;
+mod notify;
+pub mod probe;
+mod vcpu;
+mod vm;
+
+pub use arch::ProcessorError;
+pub use arch::acpi::AcpiError;
+pub use attach::AttachError;
+pub use config::{DiskConfig, Initrd, MachineConfig, NetConfig, VsockConfig};
+pub use control::Outcome;
+pub use exit::RunError;
+pub use launch::{LaunchError, Timings, launch, prepare};
+pub use machine::Machine;
+pub use memory::MemoryError;
+pub use notify::NotifyError;
+pub use vm::VmError;

@@ -1,0 +1,199 @@
+//! From a machine's configuration to its devices: each opened, placed on a bus, joined to KVM.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver};
+
+use devices::bus::{BusDevice, BusError};
+use devices::interrupt::Interrupt;
+use devices::power::{I8042, I8042_LEN, I8042_PORT, POWER_LEN, Power, PowerEvent};
+use devices::serial::{COM1_IRQ, COM1_LEN, COM1_PORT, Serial};
+use devices::virtio::VirtioDevice;
+use devices::virtio::mmio::{MMIO_SIZE, MmioTransport};
+use devices::virtio::rng::Rng;
+use thiserror::Error;
+use vm_memory::GuestMemoryMmap;
+
+use crate::arch::acpi::VirtioNode;
+use crate::arch::{interrupts, layout};
+use crate::config::MachineConfig;
+use crate::exit::Buses;
+use crate::notify::{self, NotifyError};
+use crate::vm::Vm;
+
+/// Why a device could not be attached.
+#[derive(Debug, Error)]
+pub enum AttachError {
+    /// It could not be made.
+    #[error("the machine's {device} could not be made")]
+    Make {
+        /// What it is.
+        device: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Its place is taken.
+    #[error("the machine's {device} has no place on its bus")]
+    Place {
+        /// What it is.
+        device: String,
+        /// Why.
+        source: BusError,
+    },
+    /// No interrupt line is left.
+    #[error("the machine has more devices than the {max} it has interrupt lines for")]
+    TooMany {
+        /// How many fit.
+        max: usize,
+    },
+    /// KVM refused an eventfd.
+    #[error("the machine's {device} could not be joined to KVM")]
+    Notify {
+        /// What it is.
+        device: String,
+        /// Why.
+        source: NotifyError,
+    },
+}
+
+/// All devices of a machine.
+#[derive(Debug)]
+pub struct Devices {
+    /// What vCPUs reach.
+    pub buses: Buses,
+    /// What the ACPI tables say of the virtio devices.
+    pub nodes: Vec<VirtioNode>,
+    /// The virtio transports, to be shut down at the end.
+    pub transports: Vec<Arc<MmioTransport>>,
+    /// The console.
+    pub serial: Arc<Serial>,
+    /// Power switch and button.
+    pub power: Arc<Power>,
+    /// What the guest asks of its power switch.
+    pub power_events: Receiver<PowerEvent>,
+}
+
+/// Makes the devices that `config` asks for; takes the console out of it.
+pub fn devices(
+    config: &mut MachineConfig,
+    vm: &Vm,
+    memory: &GuestMemoryMmap,
+) -> Result<Devices, AttachError> {
+    let mut board = Board::new(vm, memory);
+    let (serial, power, power_events) = board.add_platform(config)?;
+    if config.rng {
+        board.add_virtio("entropy device", Box::new(Rng::new()))?;
+    }
+    Ok(Devices {
+        buses: board.buses,
+        nodes: board.nodes,
+        transports: board.transports,
+        serial,
+        power,
+        power_events,
+    })
+}
+
+/// A machine whose devices are being placed.
+struct Board<'a> {
+    vm: &'a Vm,
+    memory: &'a GuestMemoryMmap,
+    buses: Buses,
+    nodes: Vec<VirtioNode>,
+    transports: Vec<Arc<MmioTransport>>,
+}
+
+type Platform = (Arc<Serial>, Arc<Power>, Receiver<PowerEvent>);
+
+impl<'a> Board<'a> {
+    fn new(vm: &'a Vm, memory: &'a GuestMemoryMmap) -> Self {
+        Self {
+            vm,
+            memory,
+            buses: Buses::default(),
+            nodes: Vec::new(),
+            transports: Vec::new(),
+        }
+    }
+
+    /// COM1, the power registers, and the keyboard controller's reset line.
+    fn add_platform(&mut self, config: &mut MachineConfig) -> Result<Platform, AttachError> {
+        let output = config
+            .console
+            .take()
+            .unwrap_or_else(|| Box::new(io::sink()));
+        let irq = self.line("serial port", COM1_IRQ)?;
+        let serial = Serial::new(irq, output).map_err(make("serial port"))?;
+        let serial = Arc::new(serial);
+        self.add_port("serial port", COM1_PORT, COM1_LEN, serial.clone())?;
+
+        let (sender, events) = mpsc::channel();
+        let irq = self.line("power button", interrupts::GED_GSI)?;
+        let power = Arc::new(Power::new(irq, sender.clone()));
+        self.add_port("power switch", layout::POWER_PORT, POWER_LEN, power.clone())?;
+        let i8042 = Arc::new(I8042::new(sender));
+        self.add_port("keyboard controller", I8042_PORT, I8042_LEN, i8042)?;
+        Ok((serial, power, events))
+    }
+
+    fn line(&self, device: &str, gsi: u32) -> Result<vmm_sys_util::eventfd::EventFd, AttachError> {
+        notify::interrupt_line(self.vm.fd(), gsi).map_err(joined(device))
+    }
+
+    fn add_port(
+        &mut self,
+        name: &str,
+        port: u64,
+        len: u64,
+        device: Arc<dyn BusDevice>,
+    ) -> Result<(), AttachError> {
+        self.buses
+            .pio
+            .insert(port, len, device)
+            .map_err(placed(name))
+    }
+
+    /// Puts a virtio device behind the next free registers and interrupt line.
+    fn add_virtio(&mut self, name: &str, device: Box<dyn VirtioDevice>) -> Result<(), AttachError> {
+        let index = self.nodes.len() as u32;
+        let gsi = interrupts::VIRTIO_GSI_FIRST + index;
+        if gsi > interrupts::GSI_LAST {
+            return Err(AttachError::TooMany {
+                max: self.nodes.len(),
+            });
+        }
+        let address = layout::VIRTIO_MMIO_START + u64::from(index) * MMIO_SIZE;
+        let interrupt = Arc::new(Interrupt::new(self.line(name, gsi)?));
+        let transport = MmioTransport::new(device, self.memory.clone(), interrupt)
+            .map_err(make(name))
+            .map(Arc::new)?;
+        notify::queue_notifications(self.vm.fd(), address, transport.kicks())
+            .map_err(joined(name))?;
+        self.buses
+            .mmio
+            .insert(address, MMIO_SIZE, transport.clone())
+            .map_err(placed(name))?;
+        self.transports.push(transport);
+        self.nodes.push(VirtioNode {
+            address: address as u32,
+            len: MMIO_SIZE as u32,
+            gsi,
+        });
+        Ok(())
+    }
+}
+
+fn make(device: &str) -> impl FnOnce(io::Error) -> AttachError {
+    let device = device.to_owned();
+    move |source| AttachError::Make { device, source }
+}
+
+fn placed(device: &str) -> impl FnOnce(BusError) -> AttachError {
+    let device = device.to_owned();
+    move |source| AttachError::Place { device, source }
+}
+
+fn joined(device: &str) -> impl FnOnce(NotifyError) -> AttachError {
+    let device = device.to_owned();
+    move |source| AttachError::Notify { device, source }
+}

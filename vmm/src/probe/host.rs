@@ -1,0 +1,1 @@
+//! Facilities of the host besides KVM.
