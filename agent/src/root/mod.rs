@@ -1,0 +1,83 @@
+//! The root filesystem that commands see.
+//!
+//! The agent stays in the initramfs. Another root is mounted below it, gets /dev, /proc and /sys,
+//! and is then moved over `/` (an initramfs cannot be pivoted away), where processes that change
+//! root to it are at the top of the mount tree: the kernel denies user namespaces elsewhere.
+
+mod block;
+mod builtin;
+mod disk;
+
+use agent::guest::Root;
+use anyhow::{Context, Result};
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change, mount_move};
+
+use crate::mounts;
+use crate::reap::{Child, Reaper};
+use crate::tree::{Tree, path_of};
+
+/// Where another root is put together.
+const ROOT: &str = "/mvm/root";
+
+/// The largest message of a 9p mount; the kernel lowers it to what the transport can carry.
+const NINEP_OPTIONS: &std::ffi::CStr = c"trans=virtio,version=9p2000.L,msize=1048576,cache=mmap";
+
+/// A root that is ready, or will be when `furnishing` has ended.
+#[derive(Debug)]
+pub struct Prepared {
+    /// The root.
+    pub tree: Tree,
+    /// A child that still completes it, which commands wait for.
+    pub furnishing: Option<Child>,
+}
+
+/// Makes the root that `root` asks for.
+pub fn prepare(root: &Root, reaper: &Reaper) -> Result<Prepared> {
+    let tree = match root {
+        Root::Initramfs => {
+            builtin::write_files().context("the built-in root cannot be completed")?;
+            return Ok(Prepared {
+                tree: Tree::own()?,
+                furnishing: builtin::link_applets(reaper)
+                    .context("the built-in root cannot be completed")?,
+            });
+        }
+        Root::Disk {
+            serial,
+            partition,
+            filesystem,
+            read_only,
+        } => {
+            let device = block::wait_for(serial, *partition)?;
+            disk::mount_root(&device, filesystem, *read_only, ROOT)?;
+            let tree = enter()?;
+            mounts::mount_tmpfs(&tree, "/run", "mode=0755")?;
+            tree.make_directory("/tmp")
+                .context("the root filesystem has no directory /tmp and none can be made")?;
+            // Containers and systemd expect mounts to propagate, as on a distribution.
+            let shared = MountPropagationFlags::SHARED | MountPropagationFlags::REC;
+            mount_change(path_of(tree.directory()), shared)
+                .context("the root's mounts cannot be shared")?;
+            tree
+        }
+        Root::NineP { tag } => {
+            std::fs::create_dir_all(ROOT)?;
+            mount(tag.as_str(), ROOT, "9p", MountFlags::empty(), NINEP_OPTIONS).with_context(
+                || format!("the host's filesystem cannot be mounted over 9p (tag {tag})"),
+            )?;
+            enter()?
+        }
+    };
+    Ok(Prepared {
+        tree,
+        furnishing: None,
+    })
+}
+
+/// Completes what is mounted at [`ROOT`] and moves it over `/`.
+fn enter() -> Result<Tree> {
+    let tree = Tree::below(ROOT).context("the root filesystem cannot be opened")?;
+    mounts::share_virtual(&tree)?;
+    mount_move(ROOT, "/").context("the root filesystem cannot be moved over the initramfs")?;
+    Ok(tree)
+}

@@ -1,0 +1,145 @@
+//! Connections from the host: each says in its first message what it is for.
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use agent::protocol::{self, Done, Exec, FromSession, Open, Refusal};
+
+use crate::clock;
+use crate::connection::Connection;
+use crate::reap::{Child, Reaper};
+use crate::rendezvous::{PATIENCE, Rendezvous};
+use crate::root::Prepared;
+use crate::session;
+use crate::tree::Tree;
+
+/// Sessions at a time. Each has up to four connections and four threads.
+const MAX_SESSIONS: usize = 256;
+
+/// Connections at a time: those of all sessions, and as many that have not said yet what they are.
+const MAX_CONNECTIONS: usize = 8 * MAX_SESSIONS;
+
+/// Room for decoding a message and starting a command; large data is on the heap.
+const STACK: usize = 128 << 10;
+
+/// How long the other side may take over one message.
+const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What all connections share.
+#[derive(Debug)]
+pub struct Machine {
+    /// The tree in which commands run.
+    pub root: Tree,
+    /// The tree that the agent was started in.
+    pub initramfs: Tree,
+    /// All children.
+    pub reaper: Reaper,
+    /// A child that still completes the root; commands wait for its end.
+    pub furnishing: Option<Child>,
+    /// Streams and the sessions they belong to.
+    pub rendezvous: Rendezvous,
+    /// Powers the machine off, with so long between SIGTERM and SIGKILL.
+    pub power_off: fn(&Machine, Duration),
+    sessions: Count,
+    connections: Count,
+}
+
+impl Machine {
+    /// A machine without any session.
+    pub fn new(
+        root: Prepared,
+        initramfs: Tree,
+        reaper: Reaper,
+        power_off: fn(&Machine, Duration),
+    ) -> Self {
+        Self {
+            root: root.tree,
+            furnishing: root.furnishing,
+            initramfs,
+            reaper,
+            rendezvous: Rendezvous::default(),
+            power_off,
+            sessions: Count::default(),
+            connections: Count::default(),
+        }
+    }
+}
+
+/// Serves one accepted connection on a thread of its own.
+pub fn start(machine: &Arc<Machine>, connection: Connection) {
+    let shared = Arc::clone(machine);
+    let serve = move || {
+        let Some(_place) = shared.connections.enter(MAX_CONNECTIONS) else {
+            eprintln!(
+                "mvm-agent: more than {MAX_CONNECTIONS} connections at a time: one is refused"
+            );
+            return;
+        };
+        if let Err(error) = serve(&shared, connection) {
+            eprintln!("mvm-agent: a connection from the host ended early: {error}");
+        }
+    };
+    let started = thread::Builder::new().stack_size(STACK).spawn(serve);
+    if let Err(error) = started {
+        eprintln!("mvm-agent: no thread for a connection from the host, which is closed: {error}");
+    }
+}
+
+fn serve(machine: &Machine, connection: Connection) -> io::Result<()> {
+    connection.set_timeouts(Some(MESSAGE_TIMEOUT))?;
+    match protocol::receive(&connection)? {
+        None => Ok(()),
+        Some(Open::Exec(exec)) => execute(machine, &connection, &exec),
+        Some(Open::Stream { session, kind }) => {
+            connection.set_timeouts(None)?;
+            machine
+                .rendezvous
+                .offer(session, kind, connection, PATIENCE);
+            Ok(())
+        }
+        Some(Open::PowerOff { grace_ms }) => {
+            (machine.power_off)(machine, Duration::from_millis(grace_ms.into()));
+            Ok(())
+        }
+        Some(Open::SetTime { epoch_ns }) => {
+            let set = clock::set(Duration::from_nanos(epoch_ns));
+            let answer = set.map_err(|error| format!("the machine's clock cannot be set: {error}"));
+            protocol::send(&connection, &Done(answer))
+        }
+    }
+}
+
+fn execute(machine: &Machine, control: &Connection, exec: &Exec) -> io::Result<()> {
+    match machine.sessions.enter(MAX_SESSIONS) {
+        Some(_place) => session::run(machine, control, exec),
+        None => {
+            let message = format!("the machine runs {MAX_SESSIONS} commands at a time already");
+            let reason = Refusal::Other;
+            protocol::send(control, &FromSession::Refused { reason, message })
+        }
+    }
+}
+
+/// How many are inside, bounded.
+#[derive(Debug, Default)]
+struct Count(AtomicUsize);
+
+impl Count {
+    fn enter(&self, limit: usize) -> Option<Place<'_>> {
+        let place = Place(&self.0);
+        // The place counts itself out again where there was no room.
+        (self.0.fetch_add(1, Ordering::Relaxed) < limit).then_some(place)
+    }
+}
+
+/// One of those inside, until dropped.
+struct Place<'a>(&'a AtomicUsize);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}

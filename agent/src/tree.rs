@@ -1,0 +1,107 @@
+//! A directory tree that commands see as `/`, and paths resolved inside it.
+//!
+//! The agent itself stays in the initramfs; the machine's root is a tree that it holds by a file
+//! descriptor. Every path that the agent resolves in a tree is resolved with `RESOLVE_IN_ROOT`,
+//! so that a symlink in an image leads to a place in that image.
+
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+
+/// No file that the agent reads as a whole (passwd, group) is longer than this.
+const MAX_FILE: u64 = 16 << 20;
+
+/// A root directory.
+#[derive(Debug)]
+pub struct Tree {
+    root: OwnedFd,
+    is_own: bool,
+}
+
+impl Tree {
+    /// The tree that the agent itself runs in.
+    pub fn own() -> io::Result<Self> {
+        Ok(Self {
+            root: open_directory("/")?,
+            is_own: true,
+        })
+    }
+
+    /// The tree below `path` of the agent's own tree.
+    pub fn below(path: &str) -> io::Result<Self> {
+        Ok(Self {
+            root: open_directory(path)?,
+            is_own: false,
+        })
+    }
+
+    /// The directory to change root to, or None where the agent is in this tree already.
+    pub fn new_root(&self) -> Option<BorrowedFd<'_>> {
+        (!self.is_own).then(|| self.root.as_fd())
+    }
+
+    /// Its top directory.
+    pub fn directory(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
+    }
+
+    /// Opens `path` of this tree, close-on-exec. Absolute and relative paths both start at its root.
+    pub fn open(&self, path: impl AsRef<[u8]>, flags: OFlags) -> io::Result<OwnedFd> {
+        let flags = flags | OFlags::CLOEXEC;
+        Ok(rustix::fs::openat2(
+            &self.root,
+            path.as_ref(),
+            flags,
+            Mode::empty(),
+            ResolveFlags::IN_ROOT,
+        )?)
+    }
+
+    /// Reads a regular file of this tree.
+    ///
+    /// Fails with InvalidData where it is longer than 16 MiB or no regular file.
+    pub fn read(&self, path: &str) -> io::Result<Vec<u8>> {
+        // O_NONBLOCK: a FIFO in an image must not hold the agent up.
+        let file = std::fs::File::from(self.open(path, OFlags::RDONLY | OFlags::NONBLOCK)?);
+        let metadata = file.metadata()?;
+        if !metadata.is_file() || metadata.len() > MAX_FILE {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("/{path} is no regular file of at most 16 MiB"),
+            ));
+        }
+        let mut content = Vec::new();
+        file.take(MAX_FILE).read_to_end(&mut content)?;
+        Ok(content)
+    }
+
+    /// Opens the directory `path` (for use as a place), making it and its parents where missing.
+    pub fn make_directory(&self, path: &str) -> io::Result<OwnedFd> {
+        let place = OFlags::PATH | OFlags::DIRECTORY;
+        let mut done = String::new();
+        let mut directory = self.open("/", place)?;
+        for name in path.split('/').filter(|name| !name.is_empty()) {
+            done.push('/');
+            done.push_str(name);
+            directory = match self.open(&done, place) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    rustix::fs::mkdirat(&directory, name, Mode::from_raw_mode(0o755))?;
+                    self.open(&done, place)?
+                }
+                opened => opened?,
+            };
+        }
+        Ok(directory)
+    }
+}
+
+/// A path that names what `fd` has open, for system calls that take paths only.
+pub fn path_of(fd: impl AsFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
+}
+
+fn open_directory(path: &str) -> io::Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(CWD, path, flags, Mode::empty())?)
+}
