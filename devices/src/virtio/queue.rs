@@ -125,13 +125,16 @@ impl ChainBuffers {
         self.last.is_some()
     }
 
-    /// Writes the byte that [`Self::reserve_last`] took; nothing happens where it took none.
-    pub fn write_last(&mut self, value: u8) {
-        if let Some(LastByte(byte)) = self.last.take() {
-            // SAFETY: the pointer came out of a checked iovec of at least one byte of
-            // `self.memory`, which stays mapped as long as `self` lives.
-            unsafe { byte.write_volatile(value) }
-        }
+    /// Writes the byte that [`Self::reserve_last`] took; false, and nothing happens, where it took
+    /// none.
+    pub fn write_last(&mut self, value: u8) -> bool {
+        let Some(LastByte(byte)) = self.last.take() else {
+            return false;
+        };
+        // SAFETY: the pointer came out of a checked iovec of at least one byte of `self.memory`,
+        // which stays mapped as long as `self` lives.
+        unsafe { byte.write_volatile(value) }
+        true
     }
 
     /// What the driver wrote for the device to read, as far as it was not consumed.
