@@ -13,5 +13,6 @@ pub mod power;
 pub mod serial;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
+pub mod vhost_user;
 pub mod virtio;
 pub mod worker;

@@ -103,7 +103,6 @@ pub struct Vsock {
 impl Vsock {
     /// A device, and the handle to its connections.
     pub fn new(config: VsockConfig) -> io::Result<(Self, VsockHandle)> {
-        config.check()?;
         let (mux, handle) = Mux::new(&config)?;
         let device = Self {
             cid: config.cid,

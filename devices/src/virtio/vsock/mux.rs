@@ -99,6 +99,7 @@ pub struct Mux {
 impl Mux {
     /// A mux without connections, and the handle that commands it.
     pub fn new(config: &VsockConfig) -> io::Result<(Self, VsockHandle)> {
+        config.check()?;
         let epoll = Epoll::new()?;
         let wake = Arc::new(EventFd::new(EFD_NONBLOCK)?);
         let timer = TimerFd::new().map_err(io::Error::from)?;
@@ -160,6 +161,11 @@ impl Mux {
         // counter would overflow: then it is readable already.
         let _ = self.wake.write(1);
         Ok(())
+    }
+
+    /// Takes in what the host's side has to say while there are no queues.
+    pub fn idle(&mut self) {
+        self.poll_host();
     }
 
     /// Forgets all connections, as at a device reset; services stay.
