@@ -30,6 +30,7 @@ use self::inflight::{InFlight, Serial, Shared};
 use self::request::MAX_RANGE_SECTORS;
 pub use self::stats::BlockStats;
 use self::worker::QueueWorker;
+use crate::virtio::ring::Ring;
 use crate::virtio::{ActivateError, Activation, VirtioDevice, read_config_bytes};
 use crate::worker::Worker;
 
@@ -190,7 +191,8 @@ impl VirtioDevice for Block {
             let engine = self.engine.open(&self.disk)?;
             let size = active.queue.size();
             let in_flight = InFlight::new(engine, &memory, size, shared.clone());
-            let worker = QueueWorker::new(active, memory.clone(), interrupt.clone(), in_flight);
+            let ring = Ring::new(active, interrupt.clone());
+            let worker = QueueWorker::new(ring, memory.clone(), interrupt.clone(), in_flight);
             self.workers
                 .push(Worker::spawn(&format!("block/{index}"), worker)?);
         }

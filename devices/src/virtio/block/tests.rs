@@ -690,10 +690,12 @@ fn a_request_of_more_buffers_than_iovecs_is_refused() {
     disk.assert_alive();
 }
 
+type Spoil = fn(&mut MockDriver);
+
 #[test]
 fn a_ring_that_cannot_be_right_asks_for_a_reset_and_works_after_it() {
     on_each_engine(|engine| {
-        let spoil: [(&str, fn(&mut MockDriver)); 3] = [
+        let spoil: [(&str, Spoil); 3] = [
             ("an index that jumps past the ring", |driver| {
                 driver.set_avail_idx(0, QUEUE_SIZE + 1);
             }),
