@@ -1,6 +1,7 @@
 //! From a machine's configuration to its devices: each opened, placed on a bus, joined to KVM.
 
 use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 
@@ -9,17 +10,23 @@ use devices::interrupt::Interrupt;
 use devices::power::{I8042, I8042_LEN, I8042_PORT, POWER_LEN, Power, PowerEvent};
 use devices::serial::{COM1_IRQ, COM1_LEN, COM1_PORT, Serial};
 use devices::virtio::VirtioDevice;
+use devices::virtio::block::disk::{DiskError, open_image};
+use devices::virtio::block::{Block, BlockConfig, BlockError};
 use devices::virtio::mmio::{MMIO_SIZE, MmioTransport};
 use devices::virtio::rng::Rng;
+use devices::virtio::vsock::{self, Vsock, VsockHandle};
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
 use crate::arch::acpi::VirtioNode;
 use crate::arch::{interrupts, layout};
-use crate::config::MachineConfig;
+use crate::config::{DiskConfig, MachineConfig, VsockConfig};
 use crate::exit::Buses;
 use crate::notify::{self, NotifyError};
 use crate::vm::Vm;
+
+/// Queues of a disk: one for each vCPU up to here; each has a thread of its own.
+const MAX_DISK_QUEUES: u16 = 8;
 
 /// Why a device could not be attached.
 #[derive(Debug, Error)]
@@ -39,6 +46,17 @@ pub enum AttachError {
         device: String,
         /// Why.
         source: BusError,
+    },
+    /// A disk image cannot be used.
+    #[error(transparent)]
+    Image(#[from] DiskError),
+    /// A disk cannot be made of its image.
+    #[error("the disk {} cannot be attached", path.display())]
+    Disk {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: BlockError,
     },
     /// No interrupt line is left.
     #[error("the machine has more devices than the {max} it has interrupt lines for")]
@@ -71,6 +89,8 @@ pub struct Devices {
     pub power: Arc<Power>,
     /// What the guest asks of its power switch.
     pub power_events: Receiver<PowerEvent>,
+    /// The way to the guest's sockets, where there is a vsock device.
+    pub vsock: Option<VsockHandle>,
 }
 
 /// Makes the devices that `config` asks for; takes the console out of it.
@@ -81,6 +101,13 @@ pub fn devices(
 ) -> Result<Devices, AttachError> {
     let mut board = Board::new(vm, memory);
     let (serial, power, power_events) = board.add_platform(config)?;
+    for disk in &config.disks {
+        board.add_disk(disk, config.cpus)?;
+    }
+    let vsock = match &config.vsock {
+        Some(vsock) => Some(board.add_vsock(vsock)?),
+        None => None,
+    };
     if config.rng {
         board.add_virtio("entropy device", Box::new(Rng::new()))?;
     }
@@ -91,6 +118,7 @@ pub fn devices(
         serial,
         power,
         power_events,
+        vsock,
     })
 }
 
@@ -134,6 +162,28 @@ impl<'a> Board<'a> {
         let i8042 = Arc::new(I8042::new(sender));
         self.add_port("keyboard controller", I8042_PORT, I8042_LEN, i8042)?;
         Ok((serial, power, events))
+    }
+
+    fn add_disk(&mut self, disk: &DiskConfig, cpus: u8) -> Result<(), AttachError> {
+        let file = open_image(&disk.path, disk.read_only)?;
+        let block = Block::new(BlockConfig {
+            file,
+            read_only: disk.read_only,
+            serial: disk.serial.clone(),
+            queues: u16::from(cpus).min(MAX_DISK_QUEUES),
+        })
+        .map_err(|source| AttachError::Disk {
+            path: disk.path.clone(),
+            source,
+        })?;
+        self.add_virtio("disk", Box::new(block))
+    }
+
+    fn add_vsock(&mut self, config: &VsockConfig) -> Result<VsockHandle, AttachError> {
+        let (vsock, handle) =
+            Vsock::new(vsock::VsockConfig::new(config.cid)).map_err(make("vsock device"))?;
+        self.add_virtio("vsock device", Box::new(vsock))?;
+        Ok(handle)
     }
 
     fn line(&self, device: &str, gsi: u32) -> Result<vmm_sys_util::eventfd::EventFd, AttachError> {

@@ -9,6 +9,7 @@ use std::time::Duration;
 use devices::power::{Power, PowerEvent};
 use devices::serial::Serial;
 use devices::virtio::mmio::MmioTransport;
+use devices::virtio::vsock::VsockHandle;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -31,6 +32,7 @@ pub struct Machine {
     serial: Option<Arc<Serial>>,
     power: Option<Arc<Power>>,
     power_watcher: Option<JoinHandle<()>>,
+    vsock: Option<VsockHandle>,
     timings: Timings,
     _vm: Vm,
 }
@@ -50,6 +52,7 @@ impl Machine {
             serial: Some(devices.serial),
             power: Some(devices.power),
             power_watcher: Some(watcher),
+            vsock: devices.vsock,
             timings: Timings::default(),
             _vm: vm,
         })
@@ -97,6 +100,11 @@ impl Machine {
     /// Lets the vCPUs run (on).
     pub fn resume(&self) {
         self.control.resume();
+    }
+
+    /// Opens connections into the guest and takes those it opens; None without a vsock device.
+    pub fn vsock(&self) -> Option<&VsockHandle> {
+        self.vsock.as_ref()
     }
 
     /// Presses the power button; a guest that listens shuts down and powers off.
