@@ -929,3 +929,16 @@ fn an_opened_image_does_not_carry_the_flag_it_was_opened_with() {
     let mut disk = Fixture::with(EngineKind::Auto, config(file), u64::MAX);
     assert_eq!(disk.read(0, 4096), (OK, vec![7; 4096]));
 }
+
+#[test]
+fn programs_of_random_bytes_leave_the_device_usable() {
+    on_each_engine(|engine| {
+        let mut random = Random(0xf00d);
+        for _ in 0..60 {
+            let config = config(image_of(&[0xab; 64 << 10]));
+            let block = Block::with_engine(config, engine).unwrap();
+            let program = random.bytes(2000);
+            crate::testing::fuzz_device(Box::new(block), &program);
+        }
+    });
+}
