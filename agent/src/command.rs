@@ -80,9 +80,12 @@ impl Command {
     }
 }
 
+/// Name and value of an environment variable.
+type Variable = (Vec<u8>, Vec<u8>);
+
 /// The base environment of login(1) with the request's own variables over it.
-fn environment(exec: &Exec, user: &User) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Refused> {
-    let mut env: Vec<(Vec<u8>, Vec<u8>)> = Vec::new();
+fn environment(exec: &Exec, user: &User) -> Result<Vec<Variable>, Refused> {
+    let mut env: Vec<Variable> = Vec::new();
     let mut set = |name: &[u8], value: &[u8]| match env.iter_mut().find(|(known, _)| known == name)
     {
         Some(variable) => variable.1 = value.to_vec(),

@@ -60,7 +60,7 @@ fn main() {
         let reason = format!("{error:#}");
         eprintln!("mvm-agent: {reason}");
         if let Err(error) = hello::failed(reason) {
-            eprintln!("mvm-agent: {error:#}");
+            eprintln!("mvm-agent: that could not be told to the host: {error:#}");
         }
         power::cut();
     }

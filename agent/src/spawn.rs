@@ -216,10 +216,24 @@ impl Image<'_> {
 
 /// Gives every signal its default action and unblocks it: the agent's own settings (SIGPIPE
 /// ignored, the power signals blocked) survive execve otherwise.
+///
+/// The raw system call, because the C library refuses the two signals that it uses itself.
 fn restore_signals() {
-    for signal in 1..=libc::SIGRTMAX() {
-        // SAFETY: SIG_DFL needs no handler memory; SIGKILL, SIGSTOP and the C library's own two fail, which is right.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    /// The kernel's `struct sigaction` of 64-bit machines, all zero: SIG_DFL, no flags, no mask.
+    const DEFAULT: [u64; 4] = [0; 4];
+    /// Bytes of the kernel's `sigset_t`.
+    const SET_SIZE: usize = 8;
+    for signal in 1..=64 {
+        // SAFETY: the kernel reads one `struct sigaction`. It refuses SIGKILL and SIGSTOP, which is right.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                DEFAULT.as_ptr(),
+                ptr::null::<u64>(),
+                SET_SIZE,
+            );
+        }
     }
     // SAFETY: sigset_t is plain data for which zero is the empty set; the call reads it only.
     unsafe {
