@@ -16,6 +16,7 @@ mod mux;
 mod packet;
 
 mod stream;
+pub mod uds;
 mod worker;
 
 use std::io;

@@ -13,6 +13,7 @@ use crate::testing::{Buffer, MockDriver, PATIENCE};
 mod flow;
 mod hostile;
 mod lifecycle;
+mod uds;
 
 const RX: usize = 0;
 const TX: usize = 1;
