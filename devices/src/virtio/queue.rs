@@ -277,3 +277,132 @@ impl Iovecs {
         self.len = 0;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use virtio_queue::desc::split::Descriptor;
+    use virtio_queue::{Queue, QueueOwnedT, QueueT};
+    use vm_memory::Bytes;
+
+    const NEXT: u16 = 1;
+    const WRITE: u16 = 2;
+    const SIZE: u16 = 2048;
+    const TABLE: u64 = 0x1_0000;
+    const AVAIL: u64 = 0x2_0000;
+    const USED: u64 = 0x3_0000;
+    /// Two regions that touch: a buffer may lie in both.
+    const BORDER: u64 = 0x10_0000;
+
+    fn memory() -> GuestMemoryMmap {
+        let regions = [GuestAddress(0), GuestAddress(BORDER)];
+        GuestMemoryMmap::from_ranges(&regions.map(|start| (start, BORDER as usize))).unwrap()
+    }
+
+    /// Loads the chain of `pieces`: address, length, flags without NEXT.
+    fn load(
+        memory: &GuestMemoryMmap,
+        pieces: &[(u64, u32, u16)],
+    ) -> Result<ChainBuffers, ChainError> {
+        for (i, &(addr, len, flags)) in pieces.iter().enumerate() {
+            let more = if i + 1 < pieces.len() { NEXT } else { 0 };
+            let descriptor = Descriptor::new(addr, len, flags | more, i as u16 + 1);
+            let at = GuestAddress(TABLE + i as u64 * 16);
+            memory.write_obj(descriptor, at).unwrap();
+        }
+        memory.write_obj(1u16, GuestAddress(AVAIL + 2)).unwrap();
+        let mut queue = Queue::new(SIZE).unwrap();
+        queue.set_desc_table_address(Some(TABLE as u32), None);
+        queue.set_avail_ring_address(Some(AVAIL as u32), None);
+        queue.set_used_ring_address(Some(USED as u32), None);
+        queue.set_ready(true);
+        let chain = queue.iter(memory).unwrap().next().unwrap();
+        let mut buffers = ChainBuffers::new(memory.clone());
+        buffers.load(chain).map(|()| buffers)
+    }
+
+    #[test]
+    fn bytes_come_off_the_front_across_pieces_and_regions() {
+        let memory = memory();
+        let text: Vec<u8> = (0..100).collect();
+        memory
+            .write_slice(&text, GuestAddress(BORDER - 50))
+            .unwrap();
+        let pieces = [(BORDER - 50, 60, 0), (0, 0, 0), (BORDER + 10, 40, 0)];
+        let mut buffers = load(&memory, &pieces).unwrap();
+        let readable = buffers.readable();
+        assert_eq!((readable.len(), readable.as_slice().len()), (100, 3));
+        let mut start = [0; 45];
+        assert!(readable.read_front(&mut start));
+        assert_eq!(start, text[..45]);
+        assert!(readable.skip_front(10));
+        assert_eq!((readable.len(), readable.as_slice().len()), (45, 2));
+        let mut too_much = [0; 46];
+        assert!(!readable.read_front(&mut too_much));
+        assert_eq!(readable.len(), 45, "a failed read takes nothing");
+        let mut rest = [0; 45];
+        assert!(readable.read_front(&mut rest));
+        assert_eq!(rest, text[55..]);
+        assert!(readable.is_empty() && readable.as_slice().is_empty());
+    }
+
+    #[test]
+    fn bytes_are_put_at_the_front_and_the_last_is_kept_for_the_end() {
+        let memory = memory();
+        let pieces = [(0x100, 3, WRITE), (0x200, 2, WRITE), (0x300, 1, WRITE)];
+        let mut buffers = load(&memory, &pieces).unwrap();
+        assert!(!buffers.write_last(9), "nothing was reserved");
+        assert!(buffers.reserve_last());
+        assert_eq!(buffers.writable().as_slice().len(), 2);
+        assert!(buffers.writable().write_front(&[1, 2, 3, 4]));
+        assert!(!buffers.writable().write_front(&[5, 6]));
+        assert!(buffers.write_last(9));
+        assert!(!buffers.write_last(8), "once only");
+        let mut bytes = [0u8; 8];
+        for (i, addr) in [0x100, 0x101, 0x102, 0x103, 0x200, 0x201, 0x300, 0x301]
+            .into_iter()
+            .enumerate()
+        {
+            bytes[i] = memory.read_obj(GuestAddress(addr)).unwrap();
+        }
+        assert_eq!(bytes, [1, 2, 3, 0, 4, 0, 9, 0]);
+    }
+
+    #[test]
+    fn the_last_byte_may_be_part_of_a_piece_that_was_begun() {
+        let memory = memory();
+        let mut buffers = load(&memory, &[(0x100, 2, WRITE)]).unwrap();
+        assert!(buffers.writable().write_front(&[1]));
+        assert!(buffers.reserve_last());
+        assert!(buffers.writable().is_empty());
+        assert!(!buffers.reserve_last(), "nothing is left");
+    }
+
+    #[test]
+    fn chains_up_to_the_limit_are_taken_and_longer_ones_refused() {
+        let memory = memory();
+        let mut pieces = vec![(0x100, 1, 0); MAX_SEGMENTS];
+        let mut longest = load(&memory, &pieces).unwrap();
+        assert_eq!(longest.readable().as_slice().len(), MAX_SEGMENTS);
+        pieces.push((0x100, 1, 0));
+        assert_eq!(load(&memory, &pieces).unwrap_err(), ChainError::TooMany);
+        // A buffer over the border of two regions is two pieces.
+        let pieces = vec![(BORDER - 1, 2, 0); MAX_SEGMENTS];
+        assert_eq!(load(&memory, &pieces).unwrap_err(), ChainError::TooMany);
+    }
+
+    #[test]
+    fn buffers_outside_of_memory_are_named() {
+        let memory = memory();
+        for (addr, len) in [(BORDER * 2, 1), (BORDER * 2 - 1, 2), (u64::MAX, 1)] {
+            let error = load(&memory, &[(0, 16, 0), (addr, len, WRITE)]).unwrap_err();
+            assert_eq!(error, ChainError::NotMemory { addr, len });
+        }
+    }
+
+    #[test]
+    fn a_readable_buffer_after_a_writable_one_is_refused() {
+        let pieces = [(0, 16, WRITE), (0x100, 16, 0)];
+        assert_eq!(load(&memory(), &pieces).unwrap_err(), ChainError::BadOrder);
+    }
+}

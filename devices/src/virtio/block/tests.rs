@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{Seek, SeekFrom, Write};
 use std::os::fd::FromRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -871,6 +871,56 @@ fn an_image_is_locked_against_a_second_machine() {
     let _reader = open_image(&path, true).unwrap();
     let _second = open_image(&path, true).unwrap();
     assert!(matches!(open_image(&path, false), Err(DiskError::InUse(_))));
+}
+
+#[test]
+fn an_image_is_free_as_soon_as_its_machine_is_gone() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("disk.img");
+    fs::write(&path, [7; 4096]).unwrap();
+    on_each_engine(|engine| {
+        for _ in 0..20 {
+            let file = open_image(&path, false).unwrap();
+            let mut disk = Fixture::with(engine, config(file), u64::MAX);
+            assert_eq!(disk.read(0, 512).0, OK);
+        }
+    });
+}
+
+#[test]
+fn an_image_that_may_not_be_opened_is_named_with_what_was_tried() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("disk.img");
+    fs::write(&path, [7; 4096]).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();
+    // On a thread of its own: the file system's view of a user belongs to a thread.
+    let errors = std::thread::spawn(move || {
+        // SAFETY: changes an id of this thread only; without privilege it does nothing, and then
+        // the file's mode is in the way already.
+        unsafe { libc::setfsuid(65534) };
+        [true, false].map(|read_only| open_image(&path, read_only).unwrap_err())
+    });
+    let [reading, writing] = errors.join().unwrap();
+    assert!(
+        matches!(
+            &reading,
+            DiskError::Denied {
+                access: "reading",
+                ..
+            }
+        ),
+        "{reading}"
+    );
+    assert!(
+        matches!(
+            &writing,
+            DiskError::Denied {
+                access: "reading and writing",
+                ..
+            }
+        ),
+        "{writing}"
+    );
 }
 
 #[test]

@@ -10,15 +10,14 @@ use io_uring::{IoUring, Probe, opcode, squeue, types};
 use super::super::disk::Disk;
 use super::{Completion, Engine, MAX_IN_FLIGHT, Operation, ZEROES};
 
-/// The image's place in the ring's table of registered files.
-const IMAGE: types::Fixed = types::Fixed(0);
-
-/// A ring with one registered file.
+/// A ring and the image that it works on.
+///
+/// The image is not registered with the ring: a ring goes away in the background after its
+/// descriptor was closed, and a registered file would stay open, and locked, until then.
 pub struct Uring {
     ring: IoUring,
     in_flight: u32,
-    /// Keeps the image open; the ring has a reference of its own.
-    _disk: Arc<Disk>,
+    disk: Arc<Disk>,
 }
 
 impl fmt::Debug for Uring {
@@ -50,11 +49,10 @@ impl Uring {
         {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        ring.submitter().register_files(&[disk.as_raw_fd()])?;
         Ok(Self {
             ring,
             in_flight: 0,
-            _disk: disk,
+            disk,
         })
     }
 
@@ -68,27 +66,27 @@ impl Uring {
     }
 }
 
-fn entry(operation: Operation, iovecs: &[libc::iovec]) -> squeue::Entry {
+fn entry(image: types::Fd, operation: Operation, iovecs: &[libc::iovec]) -> squeue::Entry {
     // At most MAX_SEGMENTS entries.
     let count = iovecs.len() as u32;
     match operation {
-        Operation::Read { offset } => opcode::Readv::new(IMAGE, iovecs.as_ptr(), count)
+        Operation::Read { offset } => opcode::Readv::new(image, iovecs.as_ptr(), count)
             .offset(offset)
             .build(),
-        Operation::Write { offset, durable } => opcode::Writev::new(IMAGE, iovecs.as_ptr(), count)
+        Operation::Write { offset, durable } => opcode::Writev::new(image, iovecs.as_ptr(), count)
             .offset(offset)
             .rw_flags(if durable { libc::RWF_DSYNC } else { 0 })
             .build(),
         Operation::WriteZeroes { offset, len } => {
             let len = len.min(ZEROES.len() as u64) as u32;
-            opcode::Write::new(IMAGE, ZEROES.as_ptr(), len)
+            opcode::Write::new(image, ZEROES.as_ptr(), len)
                 .offset(offset)
                 .build()
         }
-        Operation::Flush => opcode::Fsync::new(IMAGE)
+        Operation::Flush => opcode::Fsync::new(image)
             .flags(types::FsyncFlags::DATASYNC)
             .build(),
-        Operation::Allocate { mode, offset, len } => opcode::Fallocate::new(IMAGE, len)
+        Operation::Allocate { mode, offset, len } => opcode::Fallocate::new(image, len)
             .offset(offset)
             .mode(mode)
             .build(),
@@ -106,7 +104,8 @@ impl Engine for Uring {
         operation: Operation,
         iovecs: &[libc::iovec],
     ) -> io::Result<()> {
-        let entry = entry(operation, iovecs).user_data(token.into());
+        let entry =
+            entry(types::Fd(self.disk.as_raw_fd()), operation, iovecs).user_data(token.into());
         // SAFETY: the entry is well formed (built above); the iovecs and what they point to stay
         // valid until completion, which our caller promised; ZEROES is static.
         unsafe { self.ring.submission().push(&entry) }.map_err(io::Error::other)?;
