@@ -30,6 +30,7 @@ mod tests;
 mod tree;
 mod users;
 
+use std::convert::Infallible;
 use std::fs;
 use std::sync::Arc;
 use std::thread;
@@ -47,6 +48,9 @@ use crate::tree::Tree;
 /// Open files: soft for the agent, hard for its commands (the default of current distributions).
 const OPEN_FILES: u64 = 524_288;
 
+/// How long to wait after a connection could not be accepted, so that a lasting failure does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
 fn main() {
     let started = clock::since_boot();
     if !getpid().is_init() {
@@ -56,18 +60,17 @@ fn main() {
         std::process::exit(2);
     }
     console::power_off_on_panic();
-    if let Err(error) = run(started) {
-        let reason = format!("{error:#}");
-        eprintln!("mvm-agent: {reason}");
-        if let Err(error) = hello::failed(reason) {
-            eprintln!("mvm-agent: that could not be told to the host: {error:#}");
-        }
-        power::cut();
+    let Err(error) = run(started);
+    let reason = format!("{error:#}");
+    eprintln!("mvm-agent: {reason}");
+    if let Err(error) = hello::failed(reason) {
+        eprintln!("mvm-agent: that could not be told to the host: {error:#}");
     }
+    power::cut();
 }
 
 /// Brings the machine up and serves the host; comes back only with what made that impossible.
-fn run(started: Duration) -> Result<()> {
+fn run(started: Duration) -> Result<Infallible> {
     mounts::mount_virtual()?;
     console::attach().context("there is neither a console nor /dev/null")?;
     let guest = read_guest()?;
@@ -91,7 +94,7 @@ fn run(started: Duration) -> Result<()> {
     serve(&machine, started)
 }
 
-fn serve(machine: &Arc<Machine>, started: Duration) -> Result<()> {
+fn serve(machine: &Arc<Machine>, started: Duration) -> Result<Infallible> {
     let is_init = getpid().is_init();
     if is_init {
         signals::block();
@@ -109,10 +112,14 @@ fn serve(machine: &Arc<Machine>, started: Duration) -> Result<()> {
         button::start(machine).context("the power button cannot be watched")?;
     }
     loop {
-        let connection = listener
-            .accept()
-            .context("no more connections can be accepted")?;
-        serve::start(machine, connection);
+        match listener.accept() {
+            Ok(connection) => serve::start(machine, connection),
+            // Out of memory or descriptors, or the peer has gone: later ones may succeed.
+            Err(error) => {
+                eprintln!("mvm-agent: a connection from the host cannot be accepted: {error}");
+                thread::sleep(ACCEPT_PAUSE);
+            }
+        }
     }
 }
 
