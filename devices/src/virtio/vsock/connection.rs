@@ -125,6 +125,10 @@ impl Connection {
             completion.complete(Ok(self.key.host_port));
         }
         self.deadline = None;
+        if self.stream.hung_up {
+            // The far end left while the guest made up its mind; no event will say so again.
+            self.host_takes_no_more();
+        }
         Ok(())
     }
 

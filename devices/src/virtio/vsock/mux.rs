@@ -201,7 +201,7 @@ impl Mux {
     }
 
     fn host_event(&mut self, token: u64, events: EventSet) {
-        let Some(index) = self.table.from_token(token) else {
+        let Some(index) = self.table.find_token(token) else {
             return;
         };
         let Some(connection) = self.table.get_mut(index) else {

@@ -212,7 +212,7 @@ fn carve<'m>(
         return (None, Some(piece));
     }
     match piece.split_at(missing.min(piece.len())) {
-        Ok((header, data)) => (Some(header), (data.len() > 0).then_some(data)),
+        Ok((header, data)) => (Some(header), (!data.is_empty()).then_some(data)),
         Err(_) => (None, None),
     }
 }

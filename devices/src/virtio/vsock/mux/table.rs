@@ -80,7 +80,7 @@ impl Table {
     }
 
     /// The slot that a token stands for, unless its connection is gone.
-    pub fn from_token(&self, token: u64) -> Option<usize> {
+    pub fn find_token(&self, token: u64) -> Option<usize> {
         let index = (token & u64::from(u32::MAX)) as usize;
         let slot = self.slots.get(index)?;
         let current = slot.connection.is_some() && u64::from(slot.generation) == token >> 32;

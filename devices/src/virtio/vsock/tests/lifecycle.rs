@@ -249,6 +249,28 @@ fn a_close_by_the_host_is_told_after_its_last_byte() {
 }
 
 #[test]
+fn a_host_that_leaves_before_the_guest_accepts_has_its_bytes_delivered_and_is_closed() {
+    let mut guest = Guest::start();
+    let mut stream = guest.handle.connect(80).unwrap();
+    stream.write_all(b"and gone").unwrap();
+    drop(stream);
+    let request = guest.expect(VIRTIO_VSOCK_OP_REQUEST);
+    guest.answer(&request.header, VIRTIO_VSOCK_OP_RESPONSE);
+    let (mut received, mut flags) = (Vec::new(), 0);
+    while flags != VIRTIO_VSOCK_SHUTDOWN_BOTH {
+        let packet = guest.receive();
+        match packet.op() {
+            VIRTIO_VSOCK_OP_RW => received.extend(packet.data),
+            VIRTIO_VSOCK_OP_SHUTDOWN => flags = packet.header.flags,
+            _ => panic!("{packet:?}"),
+        }
+    }
+    assert_eq!(received, b"and gone");
+    guest.answer(&request.header, VIRTIO_VSOCK_OP_RST);
+    guest.wait_connections(0);
+}
+
+#[test]
 fn a_guest_that_does_not_confirm_a_close_is_reset() {
     let mut guest = Guest::start_with(VsockConfig {
         close_timeout: Duration::from_millis(10),
