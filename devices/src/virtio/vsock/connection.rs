@@ -11,6 +11,7 @@ use vm_memory::VolatileSlice;
 use super::backlog::Backlog;
 use super::credit::Credit;
 use super::handle::Completion;
+use super::linger::LastWords;
 use super::packet::{
     GuestIoVec, Header, VIRTIO_VSOCK_OP_CREDIT_REQUEST, VIRTIO_VSOCK_OP_CREDIT_UPDATE,
     VIRTIO_VSOCK_OP_REQUEST, VIRTIO_VSOCK_OP_RESPONSE, VIRTIO_VSOCK_OP_SHUTDOWN,
@@ -320,6 +321,15 @@ impl Connection {
         self.state = State::Lingering;
         self.guest_shutdown = VIRTIO_VSOCK_SHUTDOWN_BOTH;
         !self.backlog.is_empty() && !self.stream.hung_up
+    }
+
+    /// Takes the connection apart when its device goes away: what the host's reader has not taken.
+    pub fn into_last_words(self) -> Option<LastWords> {
+        let lost = self.stream.hung_up || self.backlog.is_empty();
+        (!lost).then_some(LastWords {
+            stream: self.stream,
+            backlog: self.backlog,
+        })
     }
 
     /// Whether a lingering connection has nothing left to do.

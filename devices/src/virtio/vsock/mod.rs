@@ -12,6 +12,7 @@ mod connection;
 mod counters;
 mod credit;
 mod handle;
+mod linger;
 mod mux;
 mod packet;
 
@@ -157,7 +158,7 @@ impl VirtioDevice for Vsock {
         self.place = match place {
             Place::Running(worker) => match worker.stop() {
                 Some(worker) => {
-                    let mut mux = worker.into_mux();
+                    let mut mux = worker.finish();
                     mux.reset();
                     Place::Idle(mux)
                 }
@@ -165,6 +166,13 @@ impl VirtioDevice for Vsock {
             },
             other => other,
         };
+    }
+}
+
+impl Drop for Vsock {
+    fn drop(&mut self) {
+        // So that what the guest sent last is not lost with the worker.
+        self.reset();
     }
 }
 

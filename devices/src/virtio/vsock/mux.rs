@@ -33,7 +33,7 @@ use super::connection::{Connection, State};
 use super::counters::Counters;
 use super::handle::{Command, Completion, ConnectError, Fallback, Service, VsockHandle};
 use super::stream::HostStream;
-use super::{HOST_CID, VsockConfig};
+use super::{HOST_CID, VsockConfig, linger};
 
 /// The most resets that wait for receive buffers before the guest's packets wait too.
 pub(super) const MAX_RESETS: usize = 1024;
@@ -168,12 +168,26 @@ impl Mux {
         self.poll_host();
     }
 
-    /// Forgets all connections, as at a device reset; services stay.
+    /// Takes in what the guest sent before its device was reset.
+    pub fn finish(&mut self, memory: &GuestMemoryMmap, tx: &mut Queue) {
+        // The ring holds no more than this many rounds take, and the guest adds nothing now.
+        for _ in 0..ROUNDS {
+            self.resets.clear();
+            match self.drain_guest(memory, tx, &mut |_| ()) {
+                Ok(TxEnd::Empty) => return,
+                Ok(_) => {}
+                Err(error) => return tracing::debug!("the guest left a broken ring: {error}"),
+            }
+        }
+    }
+
+    /// Forgets all connections, as at a device reset; services stay. What the guest had sent
+    /// still goes to the host's readers.
     pub fn reset(&mut self) {
         let all: Vec<usize> = self.table.iter_mut().map(|(index, _)| index).collect();
-        for index in all {
-            self.remove(index);
-        }
+        let left = all.into_iter().filter_map(|index| self.take(index));
+        let left = left.filter_map(Connection::into_last_words).collect();
+        linger::deliver(left);
         self.resets.clear();
     }
 
@@ -348,9 +362,12 @@ impl Mux {
     }
 
     fn remove(&mut self, index: usize) {
-        let Some(connection) = self.table.remove(index) else {
-            return;
-        };
+        drop(self.take(index));
+    }
+
+    /// Takes a connection out of the table and out of what is watched.
+    fn take(&mut self, index: usize) -> Option<Connection> {
+        let connection = self.table.remove(index)?;
         // Closing the socket is not enough where the caller kept a duplicate of it.
         let fd = connection.stream.as_raw_fd();
         if let Err(error) = self
@@ -361,6 +378,7 @@ impl Mux {
         }
         self.promised -= u64::from(connection.credit.buf_alloc());
         Counters::sub(&self.counters.connections, 1);
+        Some(connection)
     }
 
     /// Gives the guest until then to answer.

@@ -51,8 +51,12 @@ impl VsockWorker {
         })
     }
 
-    /// The mux, for the next activation.
-    pub fn into_mux(self) -> Box<Mux> {
+    /// Takes what the guest had sent before the reset, and gives the mux back for the next
+    /// activation.
+    pub fn finish(mut self) -> Box<Mux> {
+        if !self.broken {
+            self.mux.finish(&self.memory, &mut self.tx.queue);
+        }
         self.mux
     }
 

@@ -389,3 +389,17 @@ fn a_tcp_stream_can_be_joined_to_a_connection() {
     client.read_to_end(&mut all).unwrap();
     assert_eq!(all, b"back");
 }
+
+#[test]
+fn what_a_guest_sent_before_it_was_reset_reaches_a_slow_reader() {
+    let mut guest = Guest::start();
+    let stream = guest.connect_to_host(1024, 5000);
+    let data = pattern(256 << 10, 11);
+    for chunk in data.chunks(8 << 10) {
+        guest.send_data(1024, 5000, chunk);
+    }
+    // At once: some of it is still in the ring, some in the device, some in the socket.
+    guest.driver.reset();
+    assert!(read(&stream, data.len()) == data);
+    assert_ended(&stream);
+}
