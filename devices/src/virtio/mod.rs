@@ -4,6 +4,7 @@
 //! host resource while it is inactive, and at DRIVER_OK queues and resource move together into a
 //! worker thread that owns them until reset.
 
+pub mod balloon;
 pub mod block;
 pub mod mmio;
 pub mod net;
