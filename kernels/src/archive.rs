@@ -4,7 +4,9 @@
 //! the archive, and sizes beyond what was allowed, end the reading; links and devices are passed
 //! over.
 
+use std::fs::{self, File};
 use std::io::{self, BufReader, Read};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use tar::EntryType;
@@ -57,15 +59,30 @@ pub struct Limits {
     pub entries: u64,
 }
 
-/// Calls `visit` for each regular file with its name (relative, without `..`), its size in bytes
-/// and its contents. What the visitor leaves unread is passed over.
+/// A regular file of an archive.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// Its name: relative, without `..`.
+    pub path: PathBuf,
+    /// Bytes in it.
+    pub size: u64,
+    /// Whether it is marked as a program.
+    pub is_executable: bool,
+    /// When it was changed last: seconds since 1970-01-01 UTC.
+    pub modified: u64,
+}
+
+/// Is shown a file of an archive and its contents, and says when it could not use them.
+pub type Visitor<'a> = dyn FnMut(&Member, &mut dyn Read) -> io::Result<()> + 'a;
+
+/// Calls `visit` for each regular file. What the visitor leaves unread is passed over.
 ///
 /// # Errors
 /// The first thing that is wrong with the archive, or that `visit` returns.
 pub fn for_each_file(
     tar: impl Read,
     limits: Limits,
-    visit: &mut dyn FnMut(&Path, u64, &mut dyn Read) -> io::Result<()>,
+    visit: &mut Visitor<'_>,
 ) -> Result<(), ArchiveError> {
     let too_large = |limit, what| ArchiveError::TooLarge { limit, what };
     let mut bounded = Bounded {
@@ -87,7 +104,7 @@ pub fn for_each_file(
 fn read_entries(
     tar: impl Read,
     limits: Limits,
-    visit: &mut dyn FnMut(&Path, u64, &mut dyn Read) -> io::Result<()>,
+    visit: &mut Visitor<'_>,
 ) -> Result<(), ArchiveError> {
     let mut archive = tar::Archive::new(tar);
     // Raw, because the crate would read a long name of any length into memory.
@@ -125,8 +142,17 @@ fn read_entries(
                 let path = safe_path(&name).ok_or_else(|| {
                     ArchiveError::UnsafeName(String::from_utf8_lossy(&name).into_owned())
                 })?;
-                visit(&path, size, &mut entry)
-                    .map_err(|source| ArchiveError::Visit { path, source })?;
+                let header = entry.header();
+                let member = Member {
+                    path,
+                    size,
+                    is_executable: header.mode().is_ok_and(|mode| mode & 0o111 != 0),
+                    modified: header.mtime().unwrap_or(0),
+                };
+                visit(&member, &mut entry).map_err(|source| ArchiveError::Visit {
+                    path: member.path,
+                    source,
+                })?;
             }
             _ => long_name = None,
         }
@@ -137,7 +163,7 @@ fn read_entries(
 /// A decoder for the archive member `name`, chosen by its suffix.
 ///
 /// # Errors
-/// When the suffix is not one of `.xz`, `.zst`, `.gz` and `.tar`.
+/// When the suffix is not one of `.xz`, `.zst`, `.gz`, `.bz2` and `.tar`.
 pub fn decoder<'a>(name: &str, data: impl Read + 'a) -> Result<Box<dyn Read + 'a>, ArchiveError> {
     let data = BufReader::with_capacity(256 << 10, data);
     Ok(match name.rsplit('.').next() {
@@ -153,23 +179,28 @@ pub fn decoder<'a>(name: &str, data: impl Read + 'a) -> Result<Box<dyn Read + 'a
             Box::new(zstd::stream::read::Decoder::with_buffer(data).map_err(ArchiveError::Damaged)?)
         }
         Some("gz") => Box::new(flate2::bufread::MultiGzDecoder::new(data)),
+        Some("bz2") => Box::new(bzip2::bufread::MultiBzDecoder::new(data)),
         Some("tar") => Box::new(data),
         _ => return Err(ArchiveError::UnknownCompression(name.to_owned())),
     })
 }
 
-/// Writes the `size` bytes of an archive's file to `target`, which must not exist yet, and makes
-/// the directories that lead to it.
+/// Writes an archive's file to `target`, which must not exist yet, and makes the directories that
+/// lead to it.
 ///
 /// # Errors
 /// When a file cannot be made, or the archive ends early.
-pub fn write_file(target: &Path, size: u64, contents: &mut dyn Read) -> io::Result<()> {
+pub fn write_file(target: &Path, member: &Member, contents: &mut dyn Read) -> io::Result<()> {
     if let Some(parent) = target.parent() {
-        std::fs::create_dir_all(parent)?;
+        fs::create_dir_all(parent)?;
     }
-    let mut file = std::fs::File::create_new(target)?;
-    let copied = io::copy(&mut contents.take(size), &mut file)?;
-    if copied == size {
+    let mut file = File::options()
+        .write(true)
+        .create_new(true)
+        .mode(if member.is_executable { 0o755 } else { 0o644 })
+        .open(target)?;
+    let copied = io::copy(&mut contents.take(member.size), &mut file)?;
+    if copied == member.size {
         Ok(())
     } else {
         Err(io::ErrorKind::UnexpectedEof.into())

@@ -34,9 +34,9 @@ fn tar_with(name: &[u8], kind: EntryType, size: u64) -> Vec<u8> {
 
 fn names(tar: &[u8], limits: Limits) -> Result<Vec<String>, ArchiveError> {
     let mut names = Vec::new();
-    for_each_file(tar, limits, &mut |path, _, contents| {
+    for_each_file(tar, limits, &mut |member, contents| {
         io::copy(contents, &mut io::sink())?;
-        names.push(path.display().to_string());
+        names.push(member.path.display().to_string());
         Ok(())
     })?;
     Ok(names)
@@ -123,11 +123,17 @@ fn a_truncated_archive_is_refused() {
 fn a_file_is_written_once_and_only_whole() {
     let dir = tempfile::tempdir().unwrap();
     let target = dir.path().join("a/b/c");
-    write_file(&target, 3, &mut &b"abc"[..]).unwrap();
+    let member = |size| Member {
+        path: "a/b/c".into(),
+        size,
+        is_executable: false,
+        modified: 0,
+    };
+    write_file(&target, &member(3), &mut &b"abc"[..]).unwrap();
     assert_eq!(std::fs::read(&target).unwrap(), b"abc");
     assert!(
-        write_file(&target, 3, &mut &b"xyz"[..]).is_err(),
+        write_file(&target, &member(3), &mut &b"xyz"[..]).is_err(),
         "a second file of one name replaced the first"
     );
-    assert!(write_file(&dir.path().join("short"), 9, &mut &b"abc"[..]).is_err());
+    assert!(write_file(&dir.path().join("short"), &member(9), &mut &b"abc"[..]).is_err());
 }

@@ -3,11 +3,10 @@
 //! Specification: deb(5).
 
 use std::io::{self, Read};
-use std::path::Path;
 
 use thiserror::Error;
 
-use crate::archive::{self, ArchiveError, Limits};
+use crate::archive::{self, ArchiveError, Limits, Visitor};
 
 /// Members that are looked at; a package has three, and a few more where it is signed.
 const MAX_MEMBERS: usize = 16;
@@ -33,7 +32,7 @@ pub enum DebError {
 pub fn for_each_file(
     deb: impl Read,
     limits: Limits,
-    visit: &mut dyn FnMut(&Path, u64, &mut dyn Read) -> io::Result<()>,
+    visit: &mut Visitor<'_>,
 ) -> Result<(), DebError> {
     let mut members = ar::Archive::new(deb);
     for _ in 0..MAX_MEMBERS {
@@ -98,10 +97,10 @@ pub(crate) mod tests {
 
     fn names(deb: &[u8]) -> Result<Vec<String>, DebError> {
         let mut names = Vec::new();
-        for_each_file(deb, LIMITS, &mut |path, size, contents| {
+        for_each_file(deb, LIMITS, &mut |member, contents| {
             let mut text = String::new();
             contents.read_to_string(&mut text)?;
-            names.push(format!("{} {size} {text}", path.display()));
+            names.push(format!("{} {} {text}", member.path.display(), member.size));
             Ok(())
         })?;
         Ok(names)

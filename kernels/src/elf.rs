@@ -6,7 +6,10 @@ use std::io::{self, Read};
 
 use memchr::memmem;
 use object::LittleEndian;
-use object::elf::{ELFCLASS64, ELFDATA2LSB, EM_X86_64, ET_DYN, ET_EXEC, FileHeader64, PT_LOAD};
+use object::elf::{
+    ELFCLASS64, ELFDATA2LSB, EM_X86_64, ET_DYN, ET_EXEC, FileHeader64, PT_DYNAMIC, PT_GNU_RELRO,
+    PT_INTERP, PT_LOAD,
+};
 use object::read::elf::{FileHeader, ProgramHeader, SectionHeader};
 use object::read::{ReadCache, ReadRef};
 use thiserror::Error;
@@ -27,6 +30,9 @@ pub enum ElfError {
     /// It is an object file, a core dump or the like.
     #[error("it is an ELF file but no kernel: it cannot be started (ELF type {0})")]
     NotExecutable(u16),
+    /// It is a program that runs on a kernel.
+    #[error("it is a program, not a kernel")]
+    Program,
     /// It ends before its headers or its segments do.
     #[error("it is truncated: a segment ends at byte {end} and the file has {len}")]
     Truncated {
@@ -73,6 +79,13 @@ pub fn check_kernel(file: &File, len: u64) -> Result<(), ElfError> {
     let segments = header
         .program_headers(LittleEndian, &cache)
         .map_err(damaged)?;
+    // What only a program's loader reads.
+    if segments.iter().any(|segment| {
+        let kind = segment.p_type(LittleEndian);
+        [PT_INTERP, PT_DYNAMIC, PT_GNU_RELRO].contains(&kind)
+    }) {
+        return Err(ElfError::Program);
+    }
     let ends = segments
         .iter()
         .filter(|segment| segment.p_type(LittleEndian) == PT_LOAD)
@@ -225,6 +238,16 @@ pub(crate) mod tests {
         let mut elf = kernel("6.1.0");
         elf[64] = 4;
         assert!(matches!(check(&elf), Err(ElfError::NothingToLoad)));
+    }
+
+    #[test]
+    fn a_program_is_no_kernel() {
+        let this_test = File::open("/proc/self/exe").unwrap();
+        let len = this_test.metadata().unwrap().len();
+        assert!(matches!(
+            check_kernel(&this_test, len),
+            Err(ElfError::Program)
+        ));
     }
 
     #[test]

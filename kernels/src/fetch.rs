@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use crate::archive::{self, Limits};
+use crate::archive::{self, Limits, Member};
 use crate::cache::{self, Cache, CacheError, CachedKernel, Description, Source, Stage};
 use crate::deb::{self, DebError};
 use crate::image::{self, ImageError};
 use crate::modules::{self, ModulesError};
 use crate::package::{Client, Consent, Package, PackageError, Packages, Wanted};
-use crate::progress::{Progress, Unit};
+use crate::progress::{Counted, Progress, Unit};
 use crate::version;
 
 /// A kernel package holds 5,000 files in 500 MiB today.
@@ -196,13 +196,9 @@ impl<'a> Parts<'a> {
         let len = file.metadata().map_err(io_error(path))?.len();
         let message = format!("Unpacking {}", package.name);
         progress.step(&message, Some(len), Unit::Bytes);
-        let counted = Counted {
-            inner: file,
-            position: 0,
-            progress,
-        };
-        deb::for_each_file(counted, LIMITS, &mut |path, size, contents| {
-            self.take(path, size, contents)
+        let counted = Counted::new(file, progress);
+        deb::for_each_file(counted, LIMITS, &mut |member, contents| {
+            self.take(member, contents)
         })
         .map_err(|source| FetchError::Deb {
             name: package.name.clone(),
@@ -211,8 +207,8 @@ impl<'a> Parts<'a> {
     }
 
     /// Writes a file of the package that belongs to the kernel to its place.
-    fn take(&mut self, path: &Path, size: u64, contents: &mut dyn Read) -> io::Result<()> {
-        let Some((release, target)) = place(path) else {
+    fn take(&mut self, member: &Member, contents: &mut dyn Read) -> io::Result<()> {
+        let Some((release, target)) = place(&member.path) else {
             return Ok(());
         };
         match &self.release {
@@ -220,7 +216,7 @@ impl<'a> Parts<'a> {
             Some(known) if *known == release => {}
             Some(_) => return Ok(()),
         }
-        archive::write_file(&self.dir.join(target), size, contents)
+        archive::write_file(&self.dir.join(target), member, contents)
     }
 }
 
@@ -248,22 +244,6 @@ fn place(path: &Path) -> Option<(String, PathBuf)> {
 fn io_error(path: &Path) -> impl FnOnce(io::Error) -> FetchError {
     let path = path.to_owned();
     move |source| FetchError::Io { path, source }
-}
-
-/// A reader that reports how far it has come.
-struct Counted<'a, R> {
-    inner: R,
-    position: u64,
-    progress: &'a dyn Progress,
-}
-
-impl<R: Read> Read for Counted<'_, R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let n = self.inner.read(buffer)?;
-        self.position = self.position.saturating_add(n as u64);
-        self.progress.position(self.position);
-        Ok(n)
-    }
 }
 
 #[cfg(test)]

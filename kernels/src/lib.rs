@@ -12,8 +12,11 @@
 
 pub mod add;
 pub mod archive;
+pub mod build;
+pub mod busybox;
 pub mod bzimage;
 pub mod cache;
+pub mod check;
 pub mod config;
 pub mod deb;
 pub mod elf;

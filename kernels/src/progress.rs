@@ -1,6 +1,6 @@
 //! How long-running work reports how far it has come.
 
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal, Read};
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -96,5 +96,32 @@ impl Progress for Stderr {
 impl Drop for Stderr {
     fn drop(&mut self) {
         self.replace(None);
+    }
+}
+
+/// A reader that reports how far it has come.
+pub(crate) struct Counted<'a, R> {
+    inner: R,
+    position: u64,
+    progress: &'a dyn Progress,
+}
+
+impl<'a, R: Read> Counted<'a, R> {
+    /// A reader of `inner` that reports to `progress`, whose step it is.
+    pub(crate) fn new(inner: R, progress: &'a dyn Progress) -> Self {
+        Self {
+            inner,
+            position: 0,
+            progress,
+        }
+    }
+}
+
+impl<R: Read> Read for Counted<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let n = self.inner.read(buffer)?;
+        self.position = self.position.saturating_add(n as u64);
+        self.progress.position(self.position);
+        Ok(n)
     }
 }
