@@ -193,3 +193,101 @@ impl Ring {
         None
     }
 }
+
+#[cfg(test)]
+pub(super) mod tests {
+    use crate::testing::{Buffer, HIGH_REGION, INDIRECT, MockDriver, NEXT, REGION_SIZE, WRITE};
+    use crate::virtio::VirtioDevice;
+    use crate::virtio::balloon::{Balloon, BalloonConfig};
+    use crate::virtio::rng::Rng;
+    use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+    use virtio_queue::desc::split::Descriptor;
+
+    /// A small generator with a fixed seed, so that a failure can be repeated.
+    struct Random(u64);
+
+    impl Random {
+        fn below(&mut self, bound: u64) -> u64 {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            self.0 % bound
+        }
+
+        fn pick<T: Copy>(&mut self, from: &[T]) -> T {
+            from[self.below(from.len() as u64) as usize]
+        }
+
+        /// A descriptor that is right in some of its parts.
+        fn descriptor(&mut self) -> Descriptor {
+            let near = HIGH_REGION + self.below(REGION_SIZE as u64);
+            let addr = self.pick(&[near, near, near, 0, 64 << 20, u64::MAX - 8, self.0]);
+            let len = self.pick(&[0, 1, 16, 100, 4096, 65_562, 1 << 24, u32::MAX]);
+            let flags = self.pick(&[0, WRITE, NEXT, NEXT | WRITE, INDIRECT, 0xffff]);
+            Descriptor::new(addr, len, flags, self.below(300) as u16)
+        }
+    }
+
+    /// Fills the rings of a started device with nonsense, then looks whether it still resets and
+    /// starts.
+    pub(crate) fn hammer(driver: &mut MockDriver, queues: usize, seed: u64) {
+        let mut random = Random(seed | 1);
+        for _ in 0..30 {
+            for _ in 0..random.below(40) {
+                let queue = random.below(queues as u64) as usize;
+                let table: Vec<_> = (0..random.below(16)).map(|_| random.descriptor()).collect();
+                // One head in eight lies outside of the table.
+                let head = random.pick(&[0, 1, 2, 3, 4, 5, 6, 50_000]);
+                driver.submit_raw(queue, &table, head);
+                if random.below(20) == 0 {
+                    driver.set_avail_idx(queue, random.below(1 << 16) as u16);
+                }
+                driver.notify(queue);
+            }
+            driver.start(match random.below(2) {
+                0 => u64::MAX,
+                _ => !(1 << VIRTIO_RING_F_EVENT_IDX),
+            });
+            // The mock guest never frees: begin with a new one before it is full.
+            if random.below(8) == 0 {
+                return;
+            }
+        }
+    }
+
+    #[test]
+    fn nonsense_in_the_rings_stalls_the_guest_only() {
+        let balloon = || {
+            let config = BalloonConfig {
+                free_page_reporting: true,
+                ..BalloonConfig::default()
+            };
+            Balloon::new(config).0
+        };
+        for seed in 1..8 {
+            let devices: [(Box<dyn VirtioDevice>, usize); 2] =
+                [(Box::new(Rng::new()), 1), (Box::new(balloon()), 5)];
+            for (device, queues) in devices {
+                hammer(&mut MockDriver::started(device), queues, seed * 0x9e37_79b9);
+            }
+        }
+    }
+
+    #[test]
+    fn without_event_idx_the_driver_can_ask_for_silence() {
+        let wanted = !(1 << VIRTIO_RING_F_EVENT_IDX);
+        let mut driver = MockDriver::started_with(Box::new(Rng::new()), wanted);
+        let addr = driver.alloc(64);
+        // VRING_AVAIL_F_NO_INTERRUPT
+        driver.write(driver.queue(0).avail_ring, &[1, 0]);
+        driver.submit(0, &[Buffer::writable(addr, 64)]);
+        driver.kick(0);
+        // With silence lifted, the next request is announced, and the first was served before it.
+        while driver.pop_used(0).is_none() {
+            std::thread::yield_now();
+        }
+        assert_eq!(driver.interrupt().status(), 0);
+        driver.write(driver.queue(0).avail_ring, &[0, 0]);
+        assert_eq!(driver.request(0, &[Buffer::writable(addr, 64)]), 64);
+    }
+}
