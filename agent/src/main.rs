@@ -60,6 +60,7 @@ fn main() {
         std::process::exit(2);
     }
     console::power_off_on_panic();
+    share_heap();
     let Err(error) = run(started);
     let reason = format!("{error:#}");
     eprintln!("mvm-agent: {reason}");
@@ -129,6 +130,12 @@ fn read_guest() -> Result<Guest> {
     fs::remove_file(GUEST_PATH).with_context(|| format!("{GUEST_PATH} cannot be removed"))?;
     postcard::from_bytes(&encoded)
         .with_context(|| format!("{GUEST_PATH} is not what this agent expects"))
+}
+
+/// Lets all threads use one heap: by default each new one would set up an arena of its own.
+fn share_heap() {
+    // SAFETY: there is one thread. A C library that refuses only goes on as it would have.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 fn raise_open_files() -> Result<()> {

@@ -117,7 +117,7 @@ pub fn mount_virtual() -> Result<()> {
 /// Shows the initramfs's /dev, /proc and /sys, with all that is mounted below them, in `tree` too.
 pub fn share_virtual(tree: &Tree) -> Result<()> {
     for target in ["/dev", "/proc", "/sys"] {
-        let directory = tree.make_directory(target).with_context(|| {
+        let directory = tree.make_directory(target, 0o755).with_context(|| {
             format!("the root filesystem has no directory {target} and none can be made")
         })?;
         mount_bind_recursive(target, path_of(&directory))
@@ -154,7 +154,7 @@ fn mount_in(tree: &Tree, request: &Mount, flags: MountFlags) -> Result<()> {
         filesystem,
         options,
     } = request;
-    let directory = tree.make_directory(target).with_context(|| {
+    let directory = tree.make_directory(target, 0o755).with_context(|| {
         format!("the mount point {target} cannot be made in the machine's root")
     })?;
     let options = std::ffi::CString::new(options.as_str())?;

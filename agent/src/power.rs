@@ -64,6 +64,8 @@ pub fn cut() {
 }
 
 fn finish(ending: Ending) {
+    // What was said last is still in the console's buffer; without a console there is nothing to wait for.
+    let _ = rustix::termios::tcdrain(std::io::stderr());
     let command = match ending {
         Ending::PowerOff => RebootCommand::PowerOff,
         Ending::Restart => RebootCommand::Restart,

@@ -7,7 +7,7 @@
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags};
 
 /// No file that the agent reads as a whole (passwd, group) is longer than this.
 const MAX_FILE: u64 = 16 << 20;
@@ -76,8 +76,9 @@ impl Tree {
         Ok(content)
     }
 
-    /// Opens the directory `path` (for use as a place), making it and its parents where missing.
-    pub fn make_directory(&self, path: &str) -> io::Result<OwnedFd> {
+    /// Opens the directory `path` (for use as a place), making it and its parents where missing,
+    /// each with the permissions `mode`.
+    pub fn make_directory(&self, path: &str, mode: u32) -> io::Result<OwnedFd> {
         let place = OFlags::PATH | OFlags::DIRECTORY;
         let mut done = String::new();
         let mut directory = self.open("/", place)?;
@@ -86,7 +87,10 @@ impl Tree {
             done.push_str(name);
             directory = match self.open(&done, place) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    rustix::fs::mkdirat(&directory, name, Mode::from_raw_mode(0o755))?;
+                    let mode = Mode::from_raw_mode(mode);
+                    rustix::fs::mkdirat(&directory, name, mode)?;
+                    // mkdir masks the mode with the umask.
+                    rustix::fs::chmodat(&directory, name, mode, AtFlags::empty())?;
                     self.open(&done, place)?
                 }
                 opened => opened?,

@@ -52,7 +52,7 @@ pub fn prepare(root: &Root, reaper: &Reaper) -> Result<Prepared> {
             disk::mount_root(&device, filesystem, *read_only, ROOT)?;
             let tree = enter()?;
             mounts::mount_tmpfs(&tree, "/run", "mode=0755")?;
-            tree.make_directory("/tmp")
+            tree.make_directory("/tmp", 0o1777)
                 .context("the root filesystem has no directory /tmp and none can be made")?;
             // Containers and systemd expect mounts to propagate, as on a distribution.
             let shared = MountPropagationFlags::SHARED | MountPropagationFlags::REC;
