@@ -286,13 +286,11 @@ impl Registers {
     }
 
     /// Zero resets; otherwise the new bits take effect one after the other, each only when those
-    /// before it are set. A driver cannot clear a bit (section 2.1.1).
+    /// before it are set. A driver cannot clear a bit (section 2.1.1): those that are missing in
+    /// `value` stay.
     fn write_status(&mut self, value: u32, kicks: &[EventFd]) {
         if value == 0 {
             self.reset();
-            return;
-        }
-        if self.status & !value != 0 {
             return;
         }
         self.status |= value & FAILED;

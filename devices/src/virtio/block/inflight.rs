@@ -405,3 +405,6 @@ fn write_serial(buffers: &mut ChainBuffers, serial: &Serial) -> u32 {
         0
     }
 }
+
+#[cfg(test)]
+mod tests;
