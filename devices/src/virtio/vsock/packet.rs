@@ -404,3 +404,58 @@ impl<'m> RxBatch<'m> {
         self.clear();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use virtio_queue::desc::split::Descriptor;
+    use virtio_vsock::packet::VsockPacket;
+    use vm_memory::{Bytes, GuestAddress};
+
+    const HEADER: Header = Header {
+        src_cid: 0x0102_0304_0506_0708,
+        dst_cid: 0x1112_1314_1516_1718,
+        src_port: 0x2122_2324,
+        dst_port: 0x3132_3334,
+        len: 4,
+        socket_type: 0x4142,
+        op: 0x5152,
+        flags: 0x6162_6364,
+        buf_alloc: 0x7172_7374,
+        fwd_cnt: 0x8182_8384,
+    };
+
+    #[test]
+    fn a_header_reads_as_another_implementation_reads_it() {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap();
+        let mut queue = Queue::new(16).unwrap();
+        queue.set_desc_table_address(Some(0x1000), None);
+        queue.set_avail_ring_address(Some(0x2000), None);
+        queue.set_used_ring_address(Some(0x3000), None);
+        queue.set_ready(true);
+        let descriptor = Descriptor::new(0x4000, HEADER_SIZE as u32 + 4, 0, 0);
+        memory.write_obj(descriptor, GuestAddress(0x1000)).unwrap();
+        memory
+            .write_obj(1u16.to_le(), GuestAddress(0x2002))
+            .unwrap();
+        memory
+            .write_slice(&HEADER.to_bytes(), GuestAddress(0x4000))
+            .unwrap();
+        let mut chain = pop(&mut queue, &memory).unwrap().expect("a chain");
+        let packet = VsockPacket::from_tx_virtq_chain(&memory, &mut chain, 1000).unwrap();
+        let read = Header {
+            src_cid: packet.src_cid(),
+            dst_cid: packet.dst_cid(),
+            src_port: packet.src_port(),
+            dst_port: packet.dst_port(),
+            len: packet.len(),
+            socket_type: packet.type_(),
+            op: packet.op(),
+            flags: packet.flags(),
+            buf_alloc: packet.buf_alloc(),
+            fwd_cnt: packet.fwd_cnt(),
+        };
+        assert_eq!(read, HEADER);
+        assert_eq!(Header::from_bytes(&HEADER.to_bytes()), HEADER);
+    }
+}

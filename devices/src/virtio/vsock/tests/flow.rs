@@ -20,6 +20,7 @@ fn a_stream_to_the_guest_keeps_to_the_guests_credit_and_asks_for_more() {
     assert_eq!(guest.receive_if_any(), None, "data without credit");
     // An answer without news must not make the device ask again and again.
     guest.send_op(port, 80, VIRTIO_VSOCK_OP_CREDIT_UPDATE);
+    guest.settle();
     assert_eq!(guest.receive_if_any(), None, "another request");
     guest.fwd_cnt = 10_000;
     guest.send_op(port, 80, VIRTIO_VSOCK_OP_CREDIT_UPDATE);

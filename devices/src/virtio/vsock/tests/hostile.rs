@@ -45,6 +45,7 @@ fn packets_from_another_context_or_to_another_are_dropped() {
         (header.src_cid, header.dst_cid) = (src_cid, dst_cid);
         guest.send(header, &[]);
     }
+    guest.settle();
     assert_eq!(guest.receive_if_any(), None);
     assert_eq!(dropped(&guest), 4);
     assert_alive(&mut guest);
@@ -71,6 +72,7 @@ fn packets_for_no_connection_are_reset_but_resets_are_not() {
         guest.expect(VIRTIO_VSOCK_OP_RST);
     }
     guest.send_op(1, 2, VIRTIO_VSOCK_OP_RST);
+    guest.settle();
     assert_eq!(guest.receive_if_any(), None, "a reset was answered");
 }
 
@@ -237,10 +239,7 @@ fn chains_that_are_no_packets_come_back_and_harm_nobody() {
         let used = guest.driver.wait_used(TX);
         assert_eq!((used.head, used.len), (0, 0), "chain {number}");
     }
-    assert_eq!(
-        guest.handle.counters().tx_packets.load(Ordering::Relaxed),
-        12
-    );
+    assert_eq!(dropped(&guest), chains.len() as u64);
 }
 
 #[test]
