@@ -10,17 +10,20 @@ use devices::interrupt::Interrupt;
 use devices::power::{I8042, I8042_LEN, I8042_PORT, POWER_LEN, Power, PowerEvent};
 use devices::serial::{COM1_IRQ, COM1_LEN, COM1_PORT, Serial};
 use devices::virtio::VirtioDevice;
+use devices::virtio::balloon::{Balloon, BalloonConfig, BalloonHandle};
 use devices::virtio::block::disk::{DiskError, open_image};
 use devices::virtio::block::{Block, BlockConfig, BlockError};
 use devices::virtio::mmio::{MMIO_SIZE, MmioTransport};
+use devices::virtio::net::{self, Net, NetError, Tap, TapError};
 use devices::virtio::rng::Rng;
+use devices::virtio::vsock::uds::{UdsError, VsockUds};
 use devices::virtio::vsock::{self, Vsock, VsockHandle};
 use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
 use crate::arch::acpi::VirtioNode;
 use crate::arch::{interrupts, layout};
-use crate::config::{DiskConfig, MachineConfig, VsockConfig};
+use crate::config::{DiskConfig, MachineConfig, NetConfig, VsockConfig};
 use crate::exit::Buses;
 use crate::notify::{self, NotifyError};
 use crate::vm::Vm;
@@ -50,6 +53,15 @@ pub enum AttachError {
     /// A disk image cannot be used.
     #[error(transparent)]
     Image(#[from] DiskError),
+    /// The Unix socket of the vsock device cannot be offered.
+    #[error(transparent)]
+    VsockUds(#[from] UdsError),
+    /// A TAP interface cannot be used.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// A network card cannot be made on its TAP interface.
+    #[error(transparent)]
+    Net(#[from] NetError),
     /// A disk cannot be made of its image.
     #[error("the disk {} cannot be attached", path.display())]
     Disk {
@@ -91,6 +103,10 @@ pub struct Devices {
     pub power_events: Receiver<PowerEvent>,
     /// The way to the guest's sockets, where there is a vsock device.
     pub vsock: Option<VsockHandle>,
+    /// The Unix socket that leads there, held for as long as it is offered.
+    pub vsock_uds: Option<VsockUds>,
+    /// The hold on the guest's balloon, where there is one.
+    pub balloon: Option<BalloonHandle>,
 }
 
 /// Makes the devices that `config` asks for; takes the console out of it.
@@ -104,13 +120,20 @@ pub fn devices(
     for disk in &config.disks {
         board.add_disk(disk, config.cpus)?;
     }
-    let vsock = match &config.vsock {
-        Some(vsock) => Some(board.add_vsock(vsock)?),
-        None => None,
+    if let Some(net) = &config.net {
+        board.add_net(net)?;
+    }
+    let (vsock, vsock_uds) = match &config.vsock {
+        Some(vsock) => board.add_vsock(vsock)?,
+        None => (None, None),
     };
     if config.rng {
         board.add_virtio("entropy device", Box::new(Rng::new()))?;
     }
+    let balloon = match config.balloon {
+        true => Some(board.add_balloon()?),
+        false => None,
+    };
     Ok(Devices {
         buses: board.buses,
         nodes: board.nodes,
@@ -119,6 +142,8 @@ pub fn devices(
         power,
         power_events,
         vsock,
+        vsock_uds,
+        balloon,
     })
 }
 
@@ -131,6 +156,7 @@ struct Board<'a> {
     transports: Vec<Arc<MmioTransport>>,
 }
 
+type Sockets = (Option<VsockHandle>, Option<VsockUds>);
 type Platform = (Arc<Serial>, Arc<Power>, Receiver<PowerEvent>);
 
 impl<'a> Board<'a> {
@@ -179,11 +205,35 @@ impl<'a> Board<'a> {
         self.add_virtio("disk", Box::new(block))
     }
 
-    fn add_vsock(&mut self, config: &VsockConfig) -> Result<VsockHandle, AttachError> {
+    fn add_net(&mut self, config: &NetConfig) -> Result<(), AttachError> {
+        let net = Net::new(net::NetConfig {
+            tap: Tap::open(&config.tap, config.queue_pairs)?,
+            mac: Some(config.mac),
+            queue_pairs: config.queue_pairs,
+        })?;
+        self.add_virtio("network card", Box::new(net))
+    }
+
+    /// A balloon that is not inflated until the owner of the machine asks for it.
+    fn add_balloon(&mut self) -> Result<BalloonHandle, AttachError> {
+        let (balloon, handle) = Balloon::new(BalloonConfig {
+            target_mib: 0,
+            deflate_on_oom: true,
+            free_page_reporting: true,
+        });
+        self.add_virtio("balloon", Box::new(balloon))?;
+        Ok(handle)
+    }
+
+    fn add_vsock(&mut self, config: &VsockConfig) -> Result<Sockets, AttachError> {
         let (vsock, handle) =
             Vsock::new(vsock::VsockConfig::new(config.cid)).map_err(make("vsock device"))?;
         self.add_virtio("vsock device", Box::new(vsock))?;
-        Ok(handle)
+        let uds = match &config.uds {
+            Some(path) => Some(VsockUds::bind(path, handle.clone())?),
+            None => None,
+        };
+        Ok((Some(handle), uds))
     }
 
     fn line(&self, device: &str, gsi: u32) -> Result<vmm_sys_util::eventfd::EventFd, AttachError> {

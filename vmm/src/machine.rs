@@ -8,8 +8,10 @@ use std::time::Duration;
 
 use devices::power::{Power, PowerEvent};
 use devices::serial::Serial;
+use devices::virtio::balloon::BalloonHandle;
 use devices::virtio::mmio::MmioTransport;
 use devices::virtio::vsock::VsockHandle;
+use devices::virtio::vsock::uds::VsockUds;
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -33,6 +35,8 @@ pub struct Machine {
     power: Option<Arc<Power>>,
     power_watcher: Option<JoinHandle<()>>,
     vsock: Option<VsockHandle>,
+    vsock_uds: Option<VsockUds>,
+    balloon: Option<BalloonHandle>,
     timings: Timings,
     _vm: Vm,
 }
@@ -53,6 +57,8 @@ impl Machine {
             power: Some(devices.power),
             power_watcher: Some(watcher),
             vsock: devices.vsock,
+            vsock_uds: devices.vsock_uds,
+            balloon: devices.balloon,
             timings: Timings::default(),
             _vm: vm,
         })
@@ -107,6 +113,11 @@ impl Machine {
         self.vsock.as_ref()
     }
 
+    /// Asks the guest for memory and sees what it gave; None without a balloon.
+    pub fn balloon(&self) -> Option<&BalloonHandle> {
+        self.balloon.as_ref()
+    }
+
     /// Presses the power button; a guest that listens shuts down and powers off.
     pub fn press_power_button(&self) -> io::Result<()> {
         match &self.power {
@@ -131,6 +142,7 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.stop();
         self.control.join();
+        self.vsock_uds = None;
         for transport in &self.transports {
             transport.shutdown();
         }
