@@ -100,14 +100,16 @@ pub fn fetch(
 
 fn unpack(package: &Path, program: &Path) -> Result<(), BusyboxError> {
     let file = File::open(package).map_err(io_error(package))?;
-    deb::for_each_file(file, LIMITS, &mut |member, contents| {
-        match member.path.to_str() {
+    deb::for_each_file(
+        file,
+        LIMITS,
+        &mut |member, contents| match member.path.to_str() {
             Some("bin/busybox" | "usr/bin/busybox") => {
                 archive::write_file(program, member, contents)
             }
             _ => Ok(()),
-        }
-    })?;
+        },
+    )?;
     Ok(())
 }
 

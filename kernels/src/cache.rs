@@ -398,17 +398,13 @@ impl Stage {
             source,
         })?;
         fs::write(&path, text).map_err(CacheError::io("writing", &path))?;
+        // All of it has to be on the disk before the name says that it is.
         walk(&self.dir, &mut |path, _| {
             fs::set_permissions(path, fs::Permissions::from_mode(0o444))
-                .map_err(CacheError::io("protecting", path))
+                .and_then(|()| File::open(path)?.sync_all())
+                .map_err(CacheError::io("writing out", path))
         })?;
         let target = self.cache.root.join(&id);
-        // All of it has to be on the disk before the name says that it is.
-        let root =
-            File::open(&self.cache.root).map_err(CacheError::io("opening", &self.cache.root))?;
-        rustix::fs::syncfs(&root)
-            .map_err(io::Error::from)
-            .map_err(CacheError::io("writing out", &self.dir))?;
         let _guard = self.cache.exclusive("cache")?;
         if let Ok(metadata) = read_metadata(&target) {
             return Ok(CachedKernel {
@@ -418,7 +414,8 @@ impl Stage {
             });
         }
         fs::rename(&self.dir, &target).map_err(CacheError::io("making", &target))?;
-        root.sync_all()
+        File::open(&self.cache.root)
+            .and_then(|root| root.sync_all())
             .map_err(CacheError::io("writing out", &self.cache.root))?;
         Ok(CachedKernel {
             id,

@@ -18,11 +18,13 @@ pub enum Purpose {
     Share,
     /// Docker, Kubernetes and other container runtimes in the guest.
     Docker,
+    /// Being the Linux that QEMU emulates where the host has no usable KVM.
+    Outer,
 }
 
 impl Purpose {
     /// All purposes.
-    pub const ALL: [Self; 3] = [Self::Boot, Self::Share, Self::Docker];
+    pub const ALL: [Self; 4] = [Self::Boot, Self::Share, Self::Docker, Self::Outer];
 
     /// The purpose's name on the command line.
     pub fn name(self) -> &'static str {
@@ -30,6 +32,7 @@ impl Purpose {
             Self::Boot => "boot",
             Self::Share => "share",
             Self::Docker => "docker",
+            Self::Outer => "outer",
         }
     }
 
@@ -38,6 +41,7 @@ impl Purpose {
             Self::Boot => BOOT,
             Self::Share => SHARE,
             Self::Docker => DOCKER,
+            Self::Outer => OUTER,
         }
     }
 }
@@ -273,6 +277,20 @@ const DOCKER: &[Requirement] = &[
     optional("NF_NAT_FTP", "FTP from containers"),
     optional("NF_NAT_TFTP", "TFTP from containers"),
     optional("INET_ESP", "Docker swarm's encrypted overlay networks"),
+];
+
+const OUTER: &[Requirement] = &[
+    built_in("64BIT", "running in an emulated x86_64 machine"),
+    built_in("BLK_DEV_INITRD", "the initramfs with the agent"),
+    built_in("SERIAL_8250_CONSOLE", "the console"),
+    built_in("DEVTMPFS", "device nodes"),
+    built_in("PCI", "QEMU's devices"),
+    required("VIRTIO_PCI", "QEMU's devices"),
+    required("KVM_AMD", "machines inside of it"),
+    required("NET_9P_VIRTIO", "the host's files"),
+    required("9P_FS", "the host's files"),
+    optional("PVH", "starting without QEMU's firmware unpacking it"),
+    optional("TUN", "machines with a network inside of it"),
 ];
 
 #[cfg(test)]

@@ -26,4 +26,5 @@ pub mod modules;
 pub mod package;
 pub mod payload;
 pub mod progress;
+pub mod select;
 pub mod version;

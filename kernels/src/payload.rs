@@ -222,7 +222,9 @@ fn lz4_legacy(data: &[u8], sink: &mut Sink<'_>) -> Result<(), PayloadError> {
         source: io::Error::new(io::ErrorKind::InvalidData, what),
     };
     let mut rest = data;
-    let mut block = vec![0; LZ4_LEGACY_BLOCK];
+    // Not more than may come out: one byte more shows that there is more.
+    let room = usize::try_from(sink.limit.saturating_add(1)).unwrap_or(LZ4_LEGACY_BLOCK);
+    let mut block = vec![0; room.min(LZ4_LEGACY_BLOCK)];
     while let Some((size, after)) = rest.split_first_chunk::<4>() {
         rest = after;
         // Frames may follow each other.

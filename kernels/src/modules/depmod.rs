@@ -1,12 +1,12 @@
 //! What `depmod` does at a package's installation: reads each module's `.modinfo` and writes the
 //! indexes of the tree.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{Entry, ModulesError, canonical, module_name, read_module};
+use super::{DEPENDENCIES, ModulesError, canonical, module_name, read_module};
 use crate::elf;
 
 /// How deep a tree's directories go at most.
@@ -14,34 +14,42 @@ const MAX_DEPTH: usize = 32;
 
 /// What a module's `.modinfo` says.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Info {
+struct Info {
     depends: Vec<String>,
     aliases: Vec<String>,
     soft: Vec<String>,
 }
 
 /// The modules of a tree by name.
-pub(super) struct Scan(BTreeMap<String, (PathBuf, Info)>);
+struct Scan(BTreeMap<String, (PathBuf, Info)>);
 
-/// Writes `modules.dep`, `modules.alias` and `modules.softdep` of the tree in `dir`.
+/// Writes `modules.dep`, `modules.alias` and `modules.softdep` of the tree in `dir` into it.
 ///
 /// # Errors
-/// When a module cannot be read or an index cannot be written.
+/// When there are no modules, one cannot be read, or an index cannot be written.
 pub fn index(dir: &Path) -> Result<(), ModulesError> {
+    write_index(dir, dir)
+}
+
+/// As [`index`], with the indexes in the directory `to`.
+pub(super) fn write_index(dir: &Path, to: &Path) -> Result<(), ModulesError> {
     let scan = scan(dir)?;
+    if scan.0.is_empty() {
+        return Err(ModulesError::NotATree(dir.to_owned()));
+    }
     for (name, text) in [
-        ("modules.dep", scan.dependency_text()),
         ("modules.alias", scan.alias_text()),
         ("modules.softdep", scan.soft_text()),
+        (DEPENDENCIES, scan.dependency_text()),
     ] {
-        let path = dir.join(name);
+        let path = to.join(name);
         fs::write(&path, text).map_err(ModulesError::io(&path))?;
     }
     Ok(())
 }
 
 /// Reads the `.modinfo` of all modules below `dir`, on all CPUs.
-pub(super) fn scan(dir: &Path) -> Result<Scan, ModulesError> {
+fn scan(dir: &Path) -> Result<Scan, ModulesError> {
     let mut files = Vec::new();
     list(dir, PathBuf::new(), MAX_DEPTH, &mut files)?;
     files.sort();
@@ -123,20 +131,6 @@ fn parse(module: &[u8]) -> Info {
 }
 
 impl Scan {
-    /// As `super::parse_dependencies` gives them.
-    pub(super) fn dependencies(&self) -> HashMap<String, Entry> {
-        self.0
-            .iter()
-            .map(|(name, (path, info))| {
-                let entry = Entry {
-                    path: path.clone(),
-                    needs: info.depends.clone(),
-                };
-                (name.clone(), entry)
-            })
-            .collect()
-    }
-
     fn dependency_text(&self) -> String {
         let mut text = String::new();
         for (name, (path, _)) in &self.0 {

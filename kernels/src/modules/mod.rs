@@ -11,9 +11,12 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Component, Path, PathBuf};
 
 use thiserror::Error;
+
+use crate::cache::{Cache, CacheError};
 
 pub use depmod::index;
 
@@ -21,6 +24,7 @@ pub use depmod::index;
 const MAX_MODULE: u64 = 256 << 20;
 /// The largest index file that is read, in bytes. A large distribution's aliases are 2 MiB.
 const MAX_INDEX: u64 = 64 << 20;
+const DEPENDENCIES: &str = "modules.dep";
 const SUFFIXES: [&str; 4] = [".ko", ".ko.xz", ".ko.zst", ".ko.gz"];
 
 /// Why modules could not be found or read.
@@ -35,7 +39,7 @@ pub enum ModulesError {
         source: io::Error,
     },
     /// There are no modules in the directory.
-    #[error("{0} is no module tree: it holds neither modules.dep nor modules")]
+    #[error("{0} is no module tree: it holds no modules.dep and no modules")]
     NotATree(PathBuf),
     /// Modules are neither there nor built in.
     #[error("the kernel has no {names} (looked in {tree})")]
@@ -48,6 +52,9 @@ pub enum ModulesError {
     /// A module is larger than any real one.
     #[error("the module {0} is too large")]
     TooLarge(PathBuf),
+    /// There is no place for indexes.
+    #[error(transparent)]
+    Cache(#[from] CacheError),
 }
 
 impl ModulesError {
@@ -83,6 +90,9 @@ impl Module {
 #[derive(Debug, Clone)]
 pub struct ModuleTree {
     dir: PathBuf,
+    /// Where `modules.dep`, `.alias` and `.softdep` are: in `dir`, or in the cache for a tree that
+    /// comes without.
+    index: PathBuf,
     /// Name → file below `dir` and the names of what has to be loaded before.
     modules: HashMap<String, Entry>,
     builtin: HashSet<String>,
@@ -95,18 +105,30 @@ struct Entry {
 }
 
 impl ModuleTree {
-    /// Opens the module tree in `dir`.
+    /// Opens the module tree in `dir`, which has its indexes, as every installed one has.
     ///
     /// # Errors
-    /// When `dir` is no module tree or cannot be read.
+    /// When `dir` has no `modules.dep`, or cannot be read.
     pub fn open(dir: &Path) -> Result<Self, ModulesError> {
-        let modules = match read_index(dir, "modules.dep")? {
-            Some(text) => parse_dependencies(&text),
-            None => depmod::scan(dir)?.dependencies(),
-        };
-        if modules.is_empty() {
-            return Err(ModulesError::NotATree(dir.to_owned()));
+        Self::with_index(dir, dir)
+    }
+
+    /// Opens the module tree in `dir`. The indexes of one that comes without, as in an unpacked
+    /// package, are made once and kept in `cache`.
+    ///
+    /// # Errors
+    /// When there are no modules in `dir`, or it cannot be read.
+    pub fn open_indexed(cache: &Cache, dir: &Path) -> Result<Self, ModulesError> {
+        if dir.join(DEPENDENCIES).is_file() {
+            Self::open(dir)
+        } else {
+            Self::with_index(dir, &cached_index(cache, dir)?)
         }
+    }
+
+    fn with_index(dir: &Path, index: &Path) -> Result<Self, ModulesError> {
+        let dependencies = read_index(index, DEPENDENCIES)?
+            .ok_or_else(|| ModulesError::NotATree(dir.to_owned()))?;
         let builtin = read_index(dir, "modules.builtin")?
             .unwrap_or_default()
             .lines()
@@ -114,7 +136,8 @@ impl ModuleTree {
             .collect();
         Ok(Self {
             dir: dir.to_owned(),
-            modules,
+            index: index.to_owned(),
+            modules: parse_dependencies(&dependencies),
             builtin,
         })
     }
@@ -143,7 +166,7 @@ impl ModuleTree {
         let mut resolution = Resolution {
             tree: self,
             aliases: None,
-            soft: parse_soft(&read_index(&self.dir, "modules.softdep")?.unwrap_or_default()),
+            soft: parse_soft(&read_index(&self.index, "modules.softdep")?.unwrap_or_default()),
             order: Vec::new(),
             state: HashMap::new(),
         };
@@ -201,7 +224,7 @@ impl Resolution<'_> {
         let aliases = match self.aliases.take() {
             Some(aliases) => aliases,
             None => {
-                parse_aliases(&read_index(&self.tree.dir, "modules.alias")?.unwrap_or_default())
+                parse_aliases(&read_index(&self.tree.index, "modules.alias")?.unwrap_or_default())
             }
         };
         let targets = aliases.get(name).cloned().unwrap_or_default();
@@ -269,6 +292,32 @@ impl Resolution<'_> {
             })
             .collect()
     }
+}
+
+/// Where in the cache the indexes of the tree in `dir` are, which are made where they are missing.
+fn cached_index(cache: &Cache, dir: &Path) -> Result<PathBuf, ModulesError> {
+    let metadata = fs::metadata(dir).map_err(ModulesError::io(dir))?;
+    let key = format!(
+        "{:x}-{:x}-{:x}.{:x}",
+        metadata.dev(),
+        metadata.ino(),
+        metadata.ctime(),
+        metadata.ctime_nsec()
+    );
+    let target = cache.side_dir("indexes")?.join(key);
+    if target.join(DEPENDENCIES).is_file() {
+        return Ok(target);
+    }
+    let _lock = cache.exclusive("indexes")?;
+    if target.join(DEPENDENCIES).is_file() {
+        return Ok(target);
+    }
+    let stage = cache.stage()?;
+    let staged = stage.path().join("index");
+    fs::create_dir(&staged).map_err(ModulesError::io(&staged))?;
+    depmod::write_index(dir, &staged)?;
+    fs::rename(&staged, &target).map_err(ModulesError::io(&target))?;
+    Ok(target)
 }
 
 /// Copies the modules and index files of a tree; links (`build`, `source`) are left out.
@@ -395,4 +444,4 @@ fn read_module(path: &Path) -> Result<Vec<u8>, ModulesError> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
