@@ -19,10 +19,10 @@ pub struct Terminal {
     pub slave: OwnedFd,
 }
 
-/// Makes a terminal of the tree's own devpts, so that its name there is right, for user `uid`.
+/// Makes a terminal of the devpts beside the tree's own /dev/ptmx, so that its name there is right, for user `uid`.
 pub fn open(tree: &Tree, size: WindowSize, uid: u32) -> io::Result<Terminal> {
     let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK;
-    let master = tree.open("dev/pts/ptmx", flags)?;
+    let master = tree.open("dev/ptmx", flags)?;
     unlockpt(&master)?;
     let slave = ioctl_tiocgptpeer(
         &master,

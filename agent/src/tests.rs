@@ -58,13 +58,16 @@ fn shell(script: &str) -> Exec {
 fn exec(argv: &[&str]) -> Exec {
     use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(1);
+    // Root by default, as in a machine; where somebody else runs the tests, that user.
+    let (uid, gid) = (rustix::process::getuid(), rustix::process::getgid());
+    let user = (!uid.is_root()).then(|| format!("{uid}:{gid}"));
     Exec {
         session: NEXT.fetch_add(1, Ordering::Relaxed),
         argv: argv.iter().map(|text| text.as_bytes().to_vec()).collect(),
         env: Vec::new(),
         clear_env: false,
         cwd: Some(b"/".to_vec()),
-        user: None,
+        user,
         terminal: None,
         stdin: false,
         in_initramfs: false,

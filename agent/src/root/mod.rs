@@ -10,7 +10,9 @@ mod disk;
 
 use agent::guest::Root;
 use anyhow::{Context, Result};
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change, mount_move};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, mount, mount_bind, mount_change, mount_move,
+};
 
 use crate::mounts;
 use crate::reap::{Child, Reaper};
@@ -18,6 +20,10 @@ use crate::tree::{Tree, path_of};
 
 /// Where another root is put together.
 const ROOT: &str = "/mvm/root";
+
+/// Programs that the host put into the initramfs, and where a 9p root shows them.
+const PROGRAMS: &str = "/mvm/bin";
+const PROGRAMS_SHOWN: &str = "/dev/mvm";
 
 /// The largest message of a 9p mount; the kernel lowers it to what the transport can carry.
 const NINEP_OPTIONS: &std::ffi::CStr = c"trans=virtio,version=9p2000.L,msize=1048576,cache=mmap";
@@ -65,6 +71,7 @@ pub fn prepare(root: &Root, reaper: &Reaper) -> Result<Prepared> {
             mount(tag.as_str(), ROOT, "9p", MountFlags::empty(), NINEP_OPTIONS).with_context(
                 || format!("the host's filesystem cannot be mounted over 9p (tag {tag})"),
             )?;
+            show_programs()?;
             enter()?
         }
     };
@@ -72,6 +79,17 @@ pub fn prepare(root: &Root, reaper: &Reaper) -> Result<Prepared> {
         tree,
         furnishing: None,
     })
+}
+
+/// Shows the programs that the host put into the initramfs below /dev, the one directory of a host's
+/// root that is the machine's own.
+fn show_programs() -> Result<()> {
+    if std::fs::exists(PROGRAMS)? {
+        std::fs::create_dir_all(PROGRAMS_SHOWN)?;
+        mount_bind(PROGRAMS, PROGRAMS_SHOWN)
+            .with_context(|| format!("{PROGRAMS} cannot be shown at {PROGRAMS_SHOWN}"))?;
+    }
+    Ok(())
 }
 
 /// Completes what is mounted at [`ROOT`] and moves it over `/`.
