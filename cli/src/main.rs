@@ -1,2 +1,66 @@
-//! (placeholder)
-fn main() {}
+//! `mvm`: the command line.
+//!
+//! `args` is what was typed, `resolve` what it means, `cmd` holds one verb a file.
+
+mod accel;
+mod args;
+mod cmd;
+mod console;
+mod dirs;
+mod event;
+mod guest;
+mod kernel;
+mod link;
+mod name;
+mod prepare;
+mod resolve;
+mod session;
+mod terminal;
+mod timing;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use tracing_subscriber::EnvFilter;
+
+use args::{Cli, Command};
+
+/// The exit code when mvm or the machine failed, as with Docker.
+const FAILED: u8 = 125;
+
+fn main() -> ExitCode {
+    let arguments: Vec<_> = std::env::args_os().collect();
+    if let Some(qemu) = accel::trampoline(&arguments) {
+        return report(qemu.map(|()| ExitCode::SUCCESS));
+    }
+    let cli = Cli::parse_from(&arguments);
+    watch_log(matches!(&cli.command, Command::Run(run) if run.verbose));
+    report(match cli.command {
+        Command::Run(run) => cmd::run::run(&run, &arguments),
+        Command::Kernel(command) => cmd::kernel::run(command),
+        Command::Accel(command) => cmd::accel::run(command),
+        Command::Doctor(doctor) => cmd::doctor::run(&doctor),
+    })
+}
+
+/// Messages of the libraries: warnings, or what MVM_LOG asks for.
+fn watch_log(verbose: bool) {
+    let default = if verbose { "info" } else { "warn" };
+    let filter = EnvFilter::try_from_env("MVM_LOG").unwrap_or_else(|_| EnvFilter::new(default));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .without_time()
+        .init();
+}
+
+fn report(result: anyhow::Result<ExitCode>) -> ExitCode {
+    match result {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("mvm: {error:#}");
+            ExitCode::from(FAILED)
+        }
+    }
+}

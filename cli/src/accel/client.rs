@@ -1,0 +1,170 @@
+//! Running a command in the outer Linux: starting it where it is not up, then one session of its agent.
+
+use std::env;
+use std::ffi::OsString;
+use std::io::{self, Read};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::net::UnixStream;
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use agent::protocol::{Exec, FromSession, WindowSize};
+use anyhow::{Context, Result, bail};
+use signal_hook::consts::SIGWINCH;
+
+use super::state::Files;
+use super::{OUTER_VARIABLE, outer, supervisor};
+use crate::cmd::run::refusal_code;
+use crate::event::{self, Event};
+use crate::link::Link;
+use crate::session::{self, Session};
+use crate::terminal::{self, RawMode};
+use crate::timing;
+
+/// Longer than what an mvm in the outer Linux gives its machine, so that it is the one to use force.
+const GRACE: Duration = Duration::from_secs(25);
+
+/// How to run this program in the outer Linux with `arguments` (the first of which is its name).
+pub fn this_program(arguments: &[OsString], terminal: Option<WindowSize>) -> Exec {
+    let mut argv = vec![OsString::from(outer::PROGRAM)];
+    argv.extend_from_slice(arguments.get(1..).unwrap_or_default());
+    exec(&argv, terminal)
+}
+
+/// How to run `argv` in the outer Linux, as it would run here.
+pub fn exec(argv: &[OsString], terminal: Option<WindowSize>) -> Exec {
+    let mut env: Vec<_> = env::vars_os()
+        .map(|(name, value)| (name.into_vec(), value.into_vec()))
+        .collect();
+    for (name, value) in [
+        (OUTER_VARIABLE, "1".to_owned()),
+        (timing::STARTED_VARIABLE, timing::now_us()),
+    ] {
+        env.push((name.into(), value.into()));
+    }
+    Exec {
+        session: session::fresh_id(),
+        argv: argv.iter().map(|word| word.as_bytes().to_vec()).collect(),
+        env,
+        clear_env: true,
+        cwd: env::current_dir()
+            .ok()
+            .map(|dir| dir.into_os_string().into_vec()),
+        user: None,
+        terminal,
+        stdin: terminal::stdin_is_ours(),
+        in_initramfs: false,
+    }
+}
+
+/// Runs `exec` in the outer Linux and returns its exit code; `reason` says why it is not KVM's.
+pub fn run(reason: &str, exec: Exec) -> Result<ExitCode> {
+    let (events, inbox) = mpsc::channel();
+    event::watch_signals(events.clone()).context("signals cannot be watched")?;
+    let files = Files::of_this_program()?;
+    ensure_started(&files, Some(reason))?;
+    let on_terminal = exec.terminal.is_some();
+    let mut session = Session::start(&Link::Socket(files.socket()), exec, &events)
+        .context("the outer Linux cannot be reached")?;
+
+    let mut raw = None;
+    let mut code = None;
+    let mut outputs_done = 0;
+    let mut deadline: Option<Instant> = None;
+    loop {
+        let event = match deadline {
+            None => inbox.recv().ok(),
+            Some(at) => inbox
+                .recv_timeout(at.saturating_duration_since(Instant::now()))
+                .ok(),
+        };
+        match event {
+            None => bail!("the outer Linux does not answer; end it with `mvm accel stop`"),
+            Some(Event::Signal(SIGWINCH)) => drop(session.resize(terminal::window_size())),
+            Some(Event::Signal(signal)) => {
+                drop(session.signal(signal));
+                deadline.get_or_insert(Instant::now() + GRACE);
+            }
+            Some(Event::Session(Some(FromSession::Started { .. }))) if on_terminal => {
+                raw = RawMode::enter().context("the terminal cannot be put into raw mode")?;
+            }
+            Some(Event::Session(Some(FromSession::Started { .. }))) => {}
+            Some(Event::Session(Some(FromSession::Refused { reason, message }))) => {
+                eprintln!("mvm: {message}");
+                return Ok(exit_code(refusal_code(reason)));
+            }
+            Some(Event::Session(Some(FromSession::Exited(status)))) => {
+                code = Some(status.shell_code());
+            }
+            Some(Event::Session(None)) if code.is_none() => {
+                drop(raw);
+                match supervisor::last_words(&files) {
+                    Some(words) => bail!("the outer Linux ended unexpectedly:\n  {words}"),
+                    None => bail!("the outer Linux ended unexpectedly"),
+                }
+            }
+            Some(Event::OutputDone) => outputs_done += 1,
+            Some(Event::Session(None) | Event::Hello(_) | Event::Machine(_)) => {}
+        }
+        if let Some(code) = code
+            && outputs_done == session.outputs()
+        {
+            return Ok(exit_code(code));
+        }
+    }
+}
+
+fn exit_code(code: i32) -> ExitCode {
+    ExitCode::from(u8::try_from(code & 0xff).unwrap_or(u8::MAX))
+}
+
+/// Starts the outer Linux where it is not up.
+pub fn ensure_started(files: &Files, reason: Option<&str>) -> Result<()> {
+    if is_up(files) {
+        return Ok(());
+    }
+    let _starting = files.lock_start()?;
+    if is_up(files) {
+        return Ok(());
+    }
+    if let Some(reason) = reason {
+        eprintln!(
+            "mvm: {reason}; machines run in a Linux that QEMU emulates, which is slow (starting it once)"
+        );
+    }
+    let mut supervisor = Command::new(env::current_exe()?)
+        .args(["accel", "supervise"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .current_dir("/")
+        .spawn()
+        .context("the supervisor of the outer Linux cannot be started")?;
+    let mut said = String::new();
+    if let Some(mut stdout) = supervisor.stdout.take() {
+        stdout.read_to_string(&mut said)?;
+    }
+    if said.trim_end() == "ready" {
+        return Ok(());
+    }
+    let _ = supervisor.wait();
+    match (said.trim_end(), supervisor::last_words(files)) {
+        ("", None) => bail!("the outer Linux did not start"),
+        ("", Some(words)) => bail!("the outer Linux did not start:\n  {words}"),
+        (said, _) => bail!("{said}"),
+    }
+}
+
+/// Whether somebody answers at the outer Linux's socket.
+pub fn is_up(files: &Files) -> bool {
+    match UnixStream::connect(files.socket()) {
+        Ok(_) => true,
+        Err(error) => {
+            if error.kind() != io::ErrorKind::NotFound {
+                tracing::debug!("the socket of the outer Linux does not answer: {error}");
+            }
+            false
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Where machines run: on this host's KVM, or in an outer Linux that QEMU emulates.
+//!
+//! QEMU's TCG emulates AMD-V, so a Linux booted under it has a complete KVM of its own. The
+//! outer Linux is a machine like any other to the rest of mvm: it runs the same agent, reached by
+//! the same protocol over the same vsock device, which here serves QEMU over vhost-user. What a
+//! user asks for is run there by this very program, on the host's files at their own paths.
+
+pub mod client;
+pub mod outer;
+pub mod qemu;
+pub mod state;
+pub mod supervisor;
+
+use std::ffi::OsString;
+
+use anyhow::{Result, bail};
+use vmm::probe::{self, KvmVerdict};
+
+use crate::args::Accel;
+
+/// Set in the environment of an mvm in the outer Linux.
+pub const OUTER_VARIABLE: &str = "MVM_OUTER";
+
+/// The first argument of a process that is to become QEMU.
+const TRAMPOLINE: &str = "__qemu";
+
+/// What was chosen.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// This host's KVM.
+    Kvm,
+    /// The outer Linux.
+    Tcg {
+        /// Why not KVM.
+        reason: String,
+    },
+}
+
+/// Whether this mvm runs in the outer Linux.
+pub fn is_outer() -> bool {
+    std::env::var_os(OUTER_VARIABLE).is_some()
+}
+
+/// Chooses what `accel` asks for; what works, where it leaves that open.
+pub fn choose(accel: Accel) -> Result<Choice> {
+    if is_outer() {
+        return Ok(Choice::Kvm);
+    }
+    match accel {
+        Accel::Tcg => Ok(Choice::Tcg {
+            reason: "emulation was asked for".to_owned(),
+        }),
+        Accel::Kvm => match probe::kvm() {
+            KvmVerdict::Works => Ok(Choice::Kvm),
+            verdict => bail!("{verdict}"),
+        },
+        Accel::Auto => match probe::kvm() {
+            KvmVerdict::Works => Ok(Choice::Kvm),
+            verdict => Ok(Choice::Tcg {
+                reason: verdict.to_string(),
+            }),
+        },
+    }
+}
+
+/// Where this process was started to become QEMU: does that, and returns only what failed.
+pub fn trampoline(arguments: &[OsString]) -> Option<Result<()>> {
+    match arguments {
+        [_, first, rest @ ..] if first == TRAMPOLINE => Some(qemu::become_qemu(rest)),
+        _ => None,
+    }
+}

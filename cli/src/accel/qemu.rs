@@ -1,0 +1,144 @@
+//! The QEMU that emulates the outer Linux: finding it, and its command line.
+
+use std::env;
+use std::ffi::OsString;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use rustix::process::{Signal, getppid, set_parent_process_death_signal};
+
+/// The program.
+pub const PROGRAM: &str = "qemu-system-x86_64";
+
+/// The distribution's package with the program.
+pub const PACKAGE: &str = "qemu-system-x86";
+
+/// The mount tag of the host's `/`.
+pub const HOST_TAG: &str = "host";
+
+/// The mount tag of mvm's cache directory.
+pub const CACHE_TAG: &str = "cache";
+
+/// What the emulated machine is made of.
+#[derive(Debug)]
+pub struct Emulation<'a> {
+    /// The outer kernel: an ELF with a PVH note, or a bzImage.
+    pub kernel: &'a Path,
+    /// The outer initramfs.
+    pub initrd: &'a Path,
+    /// The outer kernel's command line.
+    pub cmdline: &'a str,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// Virtual CPUs.
+    pub cpus: usize,
+    /// The Unix socket of the vhost-user vsock device.
+    pub vsock: &'a Path,
+    /// mvm's cache directory: its files never change, so the outer Linux may cache them.
+    pub cache: &'a Path,
+}
+
+/// QEMU's path, from PATH.
+pub fn find() -> Option<PathBuf> {
+    let path = env::var_os("PATH")?;
+    env::split_paths(&path)
+        .chain([PathBuf::from("/usr/bin")])
+        .map(|dir| dir.join(PROGRAM))
+        .find(|file| {
+            file.metadata()
+                .is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
+        })
+}
+
+impl Emulation<'_> {
+    /// QEMU's arguments. Its AMD-V is the only virtualization that its TCG emulates.
+    pub fn arguments(&self) -> Vec<OsString> {
+        let memory = format!(
+            "memory-backend-memfd,id=memory,share=on,size={}M",
+            self.memory >> 20
+        );
+        let mut args: Vec<OsString> = [
+            "-accel",
+            "tcg,thread=multi",
+            "-machine",
+            "q35,memory-backend=memory,usb=off,vmport=off,smbus=off,sata=off",
+            "-cpu",
+            "EPYC-v1,+svm,+npt",
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+            "-serial",
+            "stdio",
+            "-object",
+        ]
+        .map(OsString::from)
+        .into();
+        let mut push = |words: &[&dyn AsRef<std::ffi::OsStr>]| {
+            args.extend(words.iter().map(|word| word.as_ref().to_owned()));
+        };
+        push(&[&memory, &"-m", &format!("{}M", self.memory >> 20)]);
+        push(&[&"-smp", &self.cpus.to_string()]);
+        push(&[&"-kernel", &self.kernel, &"-initrd", &self.initrd]);
+        push(&[&"-append", &self.cmdline]);
+        push(&[
+            &"-chardev",
+            &option("socket,id=vsock,path=", self.vsock),
+            &"-device",
+            &"vhost-user-vsock-pci,chardev=vsock",
+        ]);
+        for (tag, path) in [(HOST_TAG, Path::new("/")), (CACHE_TAG, self.cache)] {
+            push(&[
+                &"-virtfs",
+                &option(
+                    &format!(
+                        "local,id={tag},mount_tag={tag},security_model=none,multidevs=remap,path="
+                    ),
+                    path,
+                ),
+            ]);
+        }
+        args
+    }
+}
+
+/// An option value that ends in a path; QEMU wants commas doubled.
+fn option(start: &str, path: &Path) -> OsString {
+    use std::os::unix::ffi::{OsStrExt, OsStringExt};
+    let mut value = start.as_bytes().to_vec();
+    for &byte in path.as_os_str().as_bytes() {
+        value.push(byte);
+        if byte == b',' {
+            value.push(byte);
+        }
+    }
+    OsString::from_vec(value)
+}
+
+/// Becomes QEMU, bound to die with the supervisor that started this process.
+///
+/// The kernel keeps the death signal over exec, so it can be set here, in safe code, rather than
+/// between fork and exec.
+pub fn become_qemu(arguments: &[OsString]) -> Result<()> {
+    set_parent_process_death_signal(Some(Signal::KILL))
+        .context("cannot tie QEMU's life to its supervisor's")?;
+    if getppid().is_none_or(|parent| parent.is_init()) {
+        bail!("the supervisor has gone");
+    }
+    let qemu = find().with_context(|| format!("{PROGRAM} is not there any more"))?;
+    Err(Command::new(qemu).args(arguments).exec()).context("QEMU cannot be run")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_comma_in_a_path_does_not_end_the_option() {
+        assert_eq!(option("path=", Path::new("/a,b")), "path=/a,,b");
+    }
+}

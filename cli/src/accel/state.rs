@@ -1,0 +1,132 @@
+//! The files by which mvm processes find one outer Linux: its socket, its locks, what is known of it.
+
+use std::env;
+use std::fs::{self, File, OpenOptions};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use crate::dirs;
+
+/// What the supervisor tells of its outer Linux.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Description {
+    /// The supervisor's process id.
+    pub pid: u32,
+    /// `uname -r` of the outer Linux.
+    pub kernel: String,
+    /// Bytes of memory.
+    pub memory: u64,
+    /// Virtual CPUs.
+    pub cpus: usize,
+    /// When it was ready: seconds since 1970-01-01 UTC.
+    pub since: u64,
+}
+
+/// The names of one outer Linux's files.
+#[derive(Debug, Clone)]
+pub struct Files {
+    base: PathBuf,
+}
+
+impl Files {
+    /// Those of this user, this build of mvm and this view of the filesystem.
+    ///
+    /// Another build has another agent; another mount namespace or root has other files at the same paths.
+    pub fn of_this_program() -> Result<Self> {
+        let program = env::current_exe().context("mvm cannot find its own file")?;
+        let file = fs::metadata(&program)
+            .with_context(|| format!("cannot look at {}", program.display()))?;
+        let root = fs::metadata("/").context("cannot look at /")?;
+        let mut key = DefaultHasher::new();
+        (file.dev(), file.ino(), file.size(), file.mtime(), file.mtime_nsec()).hash(&mut key);
+        (root.dev(), root.ino()).hash(&mut key);
+        fs::read_link("/proc/self/ns/mnt")
+            .context("cannot read /proc/self/ns/mnt; mvm needs /proc")?
+            .hash(&mut key);
+        let name = format!("accel-{:016x}", key.finish());
+        Ok(Self {
+            base: dirs::runtime()?.join(name),
+        })
+    }
+
+    /// The Unix socket at which the agent's ports are offered.
+    pub fn socket(&self) -> PathBuf {
+        self.base.with_extension("sock")
+    }
+
+    /// The Unix socket between QEMU and the vsock device.
+    pub fn vhost(&self) -> PathBuf {
+        self.base.with_extension("vhost")
+    }
+
+    /// What the supervisor says went wrong, and QEMU's console.
+    pub fn log(&self) -> PathBuf {
+        self.base.with_extension("log")
+    }
+
+    /// The supervisor's lock: held as long as it lives. None where another process holds it.
+    pub fn lock_supervisor(&self) -> Result<Option<File>> {
+        let lock = open_lock(&self.base.with_extension("lock"))?;
+        Ok(flock(&lock, FlockOperation::NonBlockingLockExclusive)
+            .is_ok()
+            .then_some(lock))
+    }
+
+    /// Waits until no other process is starting an outer Linux.
+    pub fn lock_start(&self) -> Result<File> {
+        let lock = open_lock(&self.base.with_extension("start"))?;
+        flock(&lock, FlockOperation::LockExclusive).context("the start lock cannot be taken")?;
+        Ok(lock)
+    }
+
+    /// Tells what runs.
+    pub fn describe(&self, description: &Description) -> Result<()> {
+        let path = self.base.with_extension("json");
+        let partial = self.base.with_extension("json.new");
+        fs::write(&partial, serde_json::to_vec_pretty(description)?)
+            .and_then(|()| fs::rename(&partial, &path))
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    /// What runs, where something does.
+    pub fn description(&self) -> Result<Option<Description>> {
+        if self.lock_supervisor()?.is_some() {
+            return Ok(None);
+        }
+        match fs::read(self.base.with_extension("json")) {
+            Ok(text) => Ok(serde_json::from_slice(&text).ok()),
+            Err(_) => Ok(None),
+        }
+    }
+
+    /// Removes all but the locks, which others may be waiting for.
+    pub fn clean(&self) {
+        for extension in ["sock", "vhost", "json", "json.new"] {
+            remove(&self.base.with_extension(extension));
+        }
+    }
+}
+
+fn remove(path: &Path) {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            tracing::warn!("{} is left behind: {error}", path.display());
+        }
+        _ => {}
+    }
+}
+
+fn open_lock(path: &Path) -> Result<File> {
+    OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(path)
+        .with_context(|| format!("cannot open the lock {}", path.display()))
+}

@@ -1,0 +1,7 @@
+//! The verbs.
+
+pub mod accel;
+pub mod console;
+pub mod doctor;
+pub mod kernel;
+pub mod run;

@@ -1,0 +1,402 @@
+//! `mvm run`: one machine, one command, one exit code.
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use agent::protocol::{
+    self, AGENT_PORT, FromSession, HELLO_PORT, Hello, Open, Refusal,
+};
+use anyhow::{Context, Result, anyhow, bail};
+use kernels::cache::Cache;
+use signal_hook::consts::{SIGKILL, SIGTERM, SIGWINCH};
+use vmm::{Initrd, Machine, Outcome};
+
+use crate::accel::{self, Choice};
+use crate::args::RunArgs;
+use crate::console::{Console, Tail};
+use crate::event::{self, Event};
+use crate::kernel::{self, Use};
+use crate::link::Link;
+use crate::session::Session;
+use crate::terminal::{self, RawMode};
+use crate::timing::Timing;
+use crate::{cmd, name, prepare, resolve};
+
+/// Between a request to end and the use of force.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// What remaining processes get to end by themselves when the command has ended, in milliseconds.
+const POWER_OFF_GRACE_MS: u32 = 2000;
+
+/// The exit code of a command that --timeout ended, as with timeout(1).
+const TIMED_OUT: i32 = 124;
+
+/// Console lines shown when a machine fails.
+const LINES_SHOWN: usize = 20;
+
+/// Runs the machine here, or in the outer Linux where this host's KVM cannot.
+pub fn run(args: &RunArgs, arguments: &[OsString]) -> Result<ExitCode> {
+    let timing = Timing::start();
+    let cache = Cache::open()?;
+    if !accel::is_outer() {
+        prepare::machine(args, &cache)?;
+    }
+    match accel::choose(args.host.accel)? {
+        Choice::Kvm => local(args, &cache, timing),
+        Choice::Tcg { reason } => {
+            prepare::outer(args.host.yes, &cache)?;
+            let exec = accel::client::this_program(arguments, resolve::exec(args).terminal);
+            accel::client::run(&reason, exec)
+        }
+    }
+}
+
+fn local(args: &RunArgs, cache: &Cache, mut timing: Timing) -> Result<ExitCode> {
+    let _claim = args.name.as_deref().map(name::claim).transpose()?;
+    let kernel = kernel::find(cache, args.kernel.as_deref(), Use::Machine)?
+        .context("there is no kernel to boot: fetch one with `mvm kernel fetch`")?;
+    let (events, inbox) = mpsc::channel();
+    // From here on a signal ends the machine in an orderly way.
+    event::watch_signals(events.clone()).context("signals cannot be watched")?;
+    let mut config = resolve::machine(args, &kernel)?;
+    if config.initrd.is_none() {
+        config.initrd = Some(Initrd::Bytes(resolve::initramfs(args, &kernel, cache)?));
+    }
+    let tail = Tail::default();
+    config.console = Some(Box::new(Console::new(tail.clone(), cmd_watch(args))));
+    let machine = Arc::new(vmm::prepare(config)?);
+    timing.launched = Some(Instant::now());
+    watch_machine(&machine, &events)?;
+    let mut running = Running {
+        args,
+        machine,
+        tail,
+        events,
+        inbox,
+        timing,
+        deadline: None,
+        signalled: None,
+    };
+    let code = if args.console || args.initrd.is_some() {
+        running.attend_console()
+    } else {
+        running.attend_command()
+    };
+    running.machine.stop();
+    running.timing.ended = Some(Instant::now());
+    if args.timing {
+        eprint!("{}", running.timing);
+    }
+    Ok(ExitCode::from(u8::try_from(code? & 0xff).unwrap_or(u8::MAX)))
+}
+
+/// Who watches the serial console: standard output where it is the interface, standard error beside a command.
+fn cmd_watch(args: &RunArgs) -> Option<Box<dyn std::io::Write + Send>> {
+    if args.console || args.initrd.is_some() {
+        Some(Box::new(std::io::stdout()))
+    } else if args.verbose {
+        Some(Box::new(std::io::stderr()))
+    } else {
+        None
+    }
+}
+
+/// Turns the end of the machine and the agent's first words into events.
+fn watch_machine(machine: &Arc<Machine>, events: &Sender<Event>) -> Result<()> {
+    let vsock = machine.vsock().context("the machine has no vsock device")?;
+    let said = events.clone();
+    vsock.listen(HELLO_PORT, move |stream| {
+        let said = said.clone();
+        // The guest may be slow to say anything; the device's thread does not wait for it.
+        let reader = thread::Builder::new().name("hello".into());
+        let spawned = reader.spawn(move || match protocol::receive(&stream) {
+            Ok(Some(hello)) => drop(said.send(Event::Hello(hello))),
+            Ok(None) => {}
+            Err(error) => tracing::warn!("the guest's greeting makes no sense: {error}"),
+        });
+        if let Err(error) = spawned {
+            tracing::error!("no thread for the guest's greeting: {error}");
+        }
+    })?;
+    let (watched, ended) = (Arc::downgrade(machine), events.clone());
+    thread::Builder::new()
+        .name("machine".into())
+        .spawn(move || {
+            // Weak: whoever owns the machine must be the one to drop it.
+            while let Some(machine) = watched.upgrade() {
+                if let Some(outcome) = machine.wait_timeout(Duration::from_secs(1)) {
+                    let _ = ended.send(Event::Machine(outcome));
+                    return;
+                }
+            }
+        })?;
+    machine.resume();
+    Ok(())
+}
+
+/// A machine that runs, and who waits for what it does.
+struct Running<'a> {
+    args: &'a RunArgs,
+    machine: Arc<Machine>,
+    tail: Tail,
+    events: Sender<Event>,
+    inbox: Receiver<Event>,
+    timing: Timing,
+    /// When patience ends.
+    deadline: Option<Instant>,
+    /// The first signal that asked for the end.
+    signalled: Option<i32>,
+}
+
+/// How far a command's session has come.
+#[derive(Default)]
+struct Progress {
+    code: Option<i32>,
+    outputs_done: usize,
+    /// --timeout struck: its exit code counts, whatever the command's is.
+    timed_out: bool,
+}
+
+impl Running<'_> {
+    /// The next event; None when the deadline has passed.
+    fn next(&self) -> Option<Event> {
+        let received = match self.deadline {
+            None => self
+                .inbox
+                .recv()
+                .map_err(|_| RecvTimeoutError::Disconnected),
+            Some(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                self.inbox.recv_timeout(left)
+            }
+        };
+        // `self.events` keeps the channel connected, so the only error is the timeout.
+        received.ok()
+    }
+
+    /// The serial console is the interface; the machine's end is the end.
+    fn attend_console(&mut self) -> Result<i32> {
+        let _raw = RawMode::enter().context("the terminal cannot be put into raw mode")?;
+        if terminal::stdin_is_ours() {
+            cmd::console::feed(&self.machine, &self.events)?;
+        }
+        self.deadline = self.args.timeout.map(|timeout| Instant::now() + timeout);
+        loop {
+            match self.next() {
+                None => return Ok(TIMED_OUT),
+                Some(Event::Signal(SIGWINCH)) => {}
+                Some(Event::Signal(signal)) => return Ok(128 + signal),
+                Some(Event::Machine(outcome)) => return self.console_code(outcome),
+                Some(_) => {}
+            }
+        }
+    }
+
+    fn console_code(&self, outcome: Outcome) -> Result<i32> {
+        match outcome {
+            Outcome::PowerOff | Outcome::Reset | Outcome::Stopped => Ok(0),
+            Outcome::Failed(error) => Err(error.into()),
+        }
+    }
+
+    /// Boots, runs the command, powers off.
+    fn attend_command(&mut self) -> Result<i32> {
+        if let Some(code) = self.await_agent()? {
+            return Ok(code);
+        }
+        let vsock = self.machine.vsock().context("the machine has no vsock device")?;
+        let link = Link::Machine(vsock.clone());
+        let session = Session::start(&link, resolve::exec(self.args), &self.events)
+            .context("the guest's agent cannot be reached")?;
+        let code = self.await_command(session)?;
+        self.power_off(&link);
+        Ok(code)
+    }
+
+    /// Waits until the agent is ready; an exit code where a signal came first.
+    fn await_agent(&mut self) -> Result<Option<i32>> {
+        self.deadline = Some(Instant::now() + self.args.boot_timeout);
+        loop {
+            match self.next() {
+                None => {
+                    return Err(self.failure(&format!(
+                        "the guest was not up after {}: see what it waits for with --verbose, or \
+                         give it longer with --boot-timeout",
+                        humantime::format_duration(self.args.boot_timeout)
+                    )));
+                }
+                Some(Event::Hello(Hello::Ready {
+                    version,
+                    agent_started_ns,
+                    agent_ready_ns,
+                    ..
+                })) => {
+                    if version != protocol::VERSION {
+                        bail!("the guest's agent is of another version of mvm");
+                    }
+                    let started = Duration::from_nanos(agent_started_ns);
+                    self.timing.ready = Some(Instant::now());
+                    self.timing.kernel = Some(started);
+                    self.timing.agent = Duration::from_nanos(agent_ready_ns).checked_sub(started);
+                    return Ok(None);
+                }
+                Some(Event::Hello(Hello::Failed(reason))) => {
+                    return Err(anyhow!("the guest cannot be used: {reason}"));
+                }
+                Some(Event::Machine(outcome)) => return Err(self.ended_early(outcome)),
+                Some(Event::Signal(SIGWINCH)) => {}
+                Some(Event::Signal(signal)) => return Ok(Some(128 + signal)),
+                Some(_) => {}
+            }
+        }
+    }
+
+    fn await_command(&mut self, mut session: Session) -> Result<i32> {
+        let mut progress = Progress::default();
+        let mut raw = None;
+        self.deadline = self.args.timeout.map(|timeout| Instant::now() + timeout);
+        loop {
+            match self.next() {
+                None if progress.timed_out || self.signalled.is_some() => {
+                    // It was asked to end and did not.
+                    return Ok(if progress.timed_out { TIMED_OUT } else { 128 + SIGKILL });
+                }
+                None => {
+                    progress.timed_out = true;
+                    self.ask_to_end(&mut session, SIGTERM);
+                }
+                Some(Event::Signal(SIGWINCH)) => {
+                    ignore_gone(session.resize(terminal::window_size()));
+                }
+                Some(Event::Signal(signal)) => {
+                    if self.signalled.is_some() {
+                        return Ok(128 + signal);
+                    }
+                    self.signalled = Some(signal);
+                    self.ask_to_end(&mut session, signal);
+                }
+                Some(Event::Session(Some(FromSession::Started { .. }))) => {
+                    raw = self.take_terminal()?;
+                }
+                Some(Event::Session(Some(FromSession::Refused { reason, message }))) => {
+                    eprintln!("mvm: {message}");
+                    return Ok(refusal_code(reason));
+                }
+                Some(Event::Session(Some(FromSession::Exited(status)))) => {
+                    self.timing.exited = Some(Instant::now());
+                    progress.code = Some(status.shell_code());
+                }
+                Some(Event::OutputDone) => progress.outputs_done += 1,
+                Some(Event::Machine(outcome)) => {
+                    drop(raw.take());
+                    if let (Some(code), Outcome::PowerOff) = (progress.code, &outcome) {
+                        return Ok(code);
+                    }
+                    if self.args.command.is_empty() && outcome == Outcome::PowerOff {
+                        return Ok(0);
+                    }
+                    return Err(self.ended_early(outcome));
+                }
+                // Either its machine is ending, which is told in a moment, or it was asked to.
+                Some(Event::Session(None)) => {
+                    self.deadline.get_or_insert(Instant::now() + GRACE);
+                }
+                Some(Event::Hello(_)) => {}
+            }
+            if let Some(code) = progress.code
+                && progress.outputs_done == session.outputs()
+            {
+                self.timing.first_output = session.first_output();
+                return Ok(if progress.timed_out { TIMED_OUT } else { code });
+            }
+        }
+    }
+
+    /// Raw mode, once the guest's program is there to receive the keys.
+    fn take_terminal(&self) -> Result<Option<RawMode>> {
+        if resolve::exec(self.args).terminal.is_none() {
+            return Ok(None);
+        }
+        RawMode::enter().context("the terminal cannot be put into raw mode")
+    }
+
+    fn ask_to_end(&mut self, session: &mut Session, signal: i32) {
+        ignore_gone(session.signal(signal));
+        self.deadline = Some(Instant::now() + GRACE);
+    }
+
+    /// Lets the guest write out what it has to; force when it takes too long.
+    fn power_off(&mut self, link: &Link) {
+        let keeps_nothing = self.args.rootfs.is_none() && self.args.disk.is_empty();
+        if keeps_nothing {
+            return;
+        }
+        let asked = link.connect(AGENT_PORT).and_then(|stream| {
+            let grace_ms = POWER_OFF_GRACE_MS;
+            protocol::send(&stream, &Open::PowerOff { grace_ms }).map(|()| stream)
+        });
+        let Ok(_asked) = asked else { return };
+        self.deadline = Some(Instant::now() + GRACE);
+        while let Some(event) = self.next() {
+            match event {
+                Event::Machine(_) => return,
+                Event::Signal(signal) if signal != SIGWINCH => return,
+                _ => {}
+            }
+        }
+        tracing::warn!("the guest did not power off in time and was stopped");
+    }
+
+    /// The machine ended while something was still expected of it.
+    fn ended_early(&self, outcome: Outcome) -> anyhow::Error {
+        match outcome {
+            Outcome::PowerOff => self.failure("the guest powered off before the command ended"),
+            Outcome::Reset => self.failure("the guest rebooted or panicked"),
+            Outcome::Stopped => self.failure("the machine was stopped"),
+            Outcome::Failed(error) => self.failure(&chain(&error)),
+        }
+    }
+
+    /// An error with the last lines of the console below it.
+    fn failure(&self, message: &str) -> anyhow::Error {
+        let lines = self.tail.last_lines(LINES_SHOWN);
+        if lines.is_empty() || self.args.verbose {
+            return anyhow!("{message}");
+        }
+        anyhow!(
+            "{message}\nThe last lines of its console:\n  {}",
+            lines.join("\n  ")
+        )
+    }
+}
+
+/// What is said to a session that has just ended is of no interest to anybody.
+fn ignore_gone(result: std::io::Result<()>) {
+    if let Err(error) = result {
+        tracing::debug!("the session has gone: {error}");
+    }
+}
+
+/// The exit code of a command that could not be started, as shells give it.
+pub fn refusal_code(reason: Refusal) -> i32 {
+    match reason {
+        Refusal::NotFound => 127,
+        Refusal::NotExecutable => 126,
+        Refusal::Other => 125,
+    }
+}
+
+/// An error and its causes on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}

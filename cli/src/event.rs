@@ -1,0 +1,45 @@
+//! What the main thread of a running command waits for: one channel, one loop.
+//!
+//! Every thread of the command line (signals, session, output, machine) ends in a sender of
+//! [`Event`], so that the order of things is decided in one place.
+
+use std::io;
+use std::sync::mpsc::Sender;
+use std::thread;
+
+use agent::protocol::{FromSession, Hello};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
+use signal_hook::iterator::Signals;
+use vmm::Outcome;
+
+/// Something happened.
+#[derive(Debug)]
+pub enum Event {
+    /// mvm got this signal.
+    Signal(i32),
+    /// The agent reported.
+    Hello(Hello),
+    /// The session's agent end said something; None when it is gone.
+    Session(Option<FromSession>),
+    /// One of the session's output streams ended and all of it was written.
+    OutputDone,
+    /// The machine ended.
+    Machine(Outcome),
+}
+
+/// Turns the signals that concern a running command into events, for the rest of the process.
+///
+/// To be called before anything is started that has to be cleaned up.
+pub fn watch_signals(events: Sender<Event>) -> io::Result<()> {
+    let mut signals = Signals::new([SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH])?;
+    thread::Builder::new()
+        .name("signals".into())
+        .spawn(move || {
+            for signal in signals.forever() {
+                if events.send(Event::Signal(signal)).is_err() {
+                    break;
+                }
+            }
+        })?;
+    Ok(())
+}

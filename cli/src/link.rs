@@ -1,0 +1,45 @@
+//! How an agent is reached: one way for every kind of machine.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+
+use devices::virtio::vsock::VsockHandle;
+
+/// The longest answer to a CONNECT line.
+const MAX_ANSWER: u64 = 64;
+
+/// A way to the vsock ports of one guest.
+#[derive(Debug, Clone)]
+pub enum Link {
+    /// The machine's vsock device is in this process.
+    Machine(VsockHandle),
+    /// Another process owns the machine and offers its ports at this Unix socket.
+    Socket(PathBuf),
+}
+
+impl Link {
+    /// Opens a stream to `port` of the guest.
+    pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        match self {
+            Self::Machine(vsock) => vsock.connect(port),
+            Self::Socket(path) => connect_line(UnixStream::connect(path)?, port),
+        }
+    }
+}
+
+/// Asks for `port` on a fresh connection to a vsock Unix socket and waits for the answer.
+fn connect_line(mut stream: UnixStream, port: u32) -> io::Result<UnixStream> {
+    stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
+    // Unbuffered: what follows the line belongs to the stream's user.
+    let mut answer = String::new();
+    BufReader::with_capacity(1, Read::take(&stream, MAX_ANSWER)).read_line(&mut answer)?;
+    if answer.starts_with("OK ") && answer.ends_with('\n') {
+        Ok(stream)
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::ConnectionRefused,
+            format!("the guest does not answer at port {port}"),
+        ))
+    }
+}

@@ -1,0 +1,245 @@
+//! What the command line of `mvm run` means: everything decided before a machine is made.
+
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::PathBuf;
+
+use agent::guest::{Guest, Root};
+use agent::protocol::Exec;
+use anyhow::{Context, Result};
+use devices::virtio::block::disk;
+use kernels::cache::Cache;
+use vmm::boot::cmdline;
+use vmm::{DiskConfig, Initrd, MachineConfig, NetConfig, VsockConfig};
+
+use crate::args::{Net, RunArgs};
+use crate::kernel::Kernel;
+use crate::{guest, session, terminal};
+
+/// The serial number of the disk with the root filesystem.
+const ROOT_SERIAL: &str = "mvm-root";
+
+/// Every machine's vsock context id: the device is in user space, so ids need not differ.
+const GUEST_CID: u64 = 3;
+
+/// The host name of a machine without a name.
+const HOSTNAME: &str = "mvm";
+
+/// Whether a word after a colon is a known option of a disk, or part of the path.
+fn split_disk(text: &OsStr) -> (PathBuf, bool) {
+    let bytes = text.as_bytes();
+    for (suffix, read_only) in [(&b":ro"[..], true), (b":rw", false)] {
+        if let Some(path) = bytes.strip_suffix(suffix) {
+            return (OsStr::from_bytes(path).into(), read_only);
+        }
+    }
+    (text.into(), false)
+}
+
+/// The machine's own part of the configuration; the initial RAM disk is missing where `guest` has to be
+/// packed into one.
+pub fn machine(args: &RunArgs, kernel: &Kernel) -> Result<MachineConfig> {
+    let mut disks = Vec::new();
+    if let Some(rootfs) = &args.rootfs {
+        let (path, read_only) = split_disk(rootfs);
+        disks.push(DiskConfig {
+            path,
+            read_only,
+            serial: ROOT_SERIAL.to_owned(),
+        });
+    }
+    for (index, disk) in args.disk.iter().enumerate() {
+        let (path, read_only) = split_disk(disk);
+        disks.push(DiskConfig {
+            path,
+            read_only,
+            serial: format!("mvm-disk{index}"),
+        });
+    }
+    let net = match &args.net {
+        Net::None => None,
+        Net::Tap(tap) => Some(NetConfig {
+            tap: tap.clone(),
+            mac: mac_address()?,
+            queue_pairs: 1,
+        }),
+    };
+    // Without a watcher the console is only there to tell why a boot failed.
+    let loglevel = if args.console || args.verbose || args.initrd.is_some() {
+        ""
+    } else {
+        "quiet"
+    };
+    Ok(MachineConfig {
+        cpus: args.cpus,
+        memory: args.memory.next_multiple_of(vmm::config::MEMORY_GRANULE),
+        kernel: kernel.vmlinux.clone(),
+        initrd: args.initrd.clone().map(Initrd::File),
+        cmdline: cmdline::join([
+            cmdline::DEFAULT,
+            cmdline::SERIAL_CONSOLE,
+            loglevel,
+            &args.append,
+        ]),
+        disks,
+        net,
+        vsock: Some(VsockConfig {
+            cid: GUEST_CID,
+            uds: args.vsock_uds.clone(),
+        }),
+        rng: true,
+        balloon: true,
+        console: None,
+    })
+}
+
+/// A locally administered address of this machine alone (IEEE 802: bit 1 of the first byte).
+fn mac_address() -> Result<[u8; 6]> {
+    let mut mac = [0u8; 6];
+    rustix::rand::getrandom(&mut mac, rustix::rand::GetRandomFlags::empty())
+        .context("the host gives no random bytes")?;
+    mac[0] = mac[0] & 0xfc | 0x02;
+    Ok(mac)
+}
+
+/// What the guest's agent is told, and the initial RAM disk that tells it.
+pub fn initramfs(args: &RunArgs, kernel: &Kernel, cache: &Cache) -> Result<Vec<u8>> {
+    let mut required = guest::MACHINE_MODULES.to_vec();
+    let mut optional = guest::OPTIONAL_MODULES.to_vec();
+    let root = root(args)?;
+    if !args.disk.is_empty() || args.rootfs.is_some() {
+        required.push("virtio_blk");
+    }
+    if args.net != Net::None {
+        required.push("virtio_net");
+    }
+    let mut files = Vec::new();
+    match &root {
+        Root::Disk {
+            filesystem,
+            read_only,
+            ..
+        } => {
+            required.push(filesystem);
+            if *read_only {
+                required.push("overlay");
+            }
+        }
+        _ => {
+            optional.extend(["ext4", "squashfs", "erofs", "overlay"]);
+            files.push((
+                "/bin/busybox",
+                0o755,
+                crate::kernel::busybox(
+                    cache,
+                    kernels::package::Consent::None,
+                    &kernels::progress::Stderr::new(),
+                )?,
+            ));
+        }
+    }
+    let modules = kernel.modules(&required, &optional)?;
+    let hostname = args.name.as_deref().unwrap_or(HOSTNAME);
+    let mut description: Guest = guest::describe(hostname, root.clone())?;
+    description.init = args.init.clone();
+    let files: Vec<_> = files
+        .iter()
+        .map(|(path, mode, content)| (*path, *mode, content.as_slice()))
+        .collect();
+    guest::initramfs(description, &modules, &files)
+}
+
+/// Where the guest's root is; looks into the image to know how to mount it.
+fn root(args: &RunArgs) -> Result<Root> {
+    let Some(rootfs) = &args.rootfs else {
+        return Ok(Root::Initramfs);
+    };
+    let (path, read_only) = split_disk(rootfs);
+    let file = disk::open_image(&path, read_only)?;
+    let image = vmm::image::probe(&file)
+        .with_context(|| format!("{} cannot be a root filesystem", path.display()))?;
+    Ok(Root::Disk {
+        serial: ROOT_SERIAL.to_owned(),
+        partition: image.partition,
+        filesystem: image.filesystem.to_owned(),
+        // These two have no writable form.
+        read_only: read_only || matches!(image.filesystem, "squashfs" | "erofs"),
+    })
+}
+
+/// The command as the agent is asked for it.
+pub fn exec(args: &RunArgs) -> Exec {
+    let shell = args.command.is_empty();
+    let on_terminal = args.tty || (shell && terminal::stdin_is_terminal());
+    Exec {
+        session: session::fresh_id(),
+        argv: args.command.iter().map(|word| bytes(word)).collect(),
+        env: environment(&args.env, on_terminal),
+        clear_env: false,
+        cwd: args.workdir.as_ref().map(|dir| bytes(dir)),
+        user: args.user.clone(),
+        terminal: on_terminal.then(terminal::window_size),
+        stdin: args.interactive || shell || terminal::stdin_is_ours(),
+        in_initramfs: false,
+    }
+}
+
+/// `-e NAME=VALUE` as given, `-e NAME` from the caller's environment where it is set there.
+fn environment(given: &[OsString], on_terminal: bool) -> Vec<(Vec<u8>, Vec<u8>)> {
+    let term = env::var_os("TERM").filter(|_| on_terminal);
+    let term = term.map(|value| (b"TERM".to_vec(), value.into_vec()));
+    let given = given.iter().filter_map(|item| {
+        let item = item.as_bytes();
+        match item.iter().position(|&byte| byte == b'=') {
+            Some(at) => Some((item[..at].to_vec(), item[at + 1..].to_vec())),
+            None => Some((
+                item.to_vec(),
+                env::var_os(OsStr::from_bytes(item))?.into_vec(),
+            )),
+        }
+    });
+    term.into_iter().chain(given).collect()
+}
+
+fn bytes(text: &OsStr) -> Vec<u8> {
+    text.as_bytes().to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_known_suffix_is_an_option() {
+        for (text, path, read_only) in [
+            ("a.img", "a.img", false),
+            ("a.img:ro", "a.img", true),
+            ("a.img:rw", "a.img", false),
+            ("a:b", "a:b", false),
+        ] {
+            assert_eq!(split_disk(OsStr::new(text)), (path.into(), read_only));
+        }
+    }
+
+    #[test]
+    fn an_unset_variable_is_not_passed_on() {
+        let given = ["A=1", "B=x=y", "C=", "MVM_NO_SUCH_VARIABLE"].map(OsString::from);
+        let pairs = environment(&given, false);
+        let pairs: Vec<_> = pairs
+            .iter()
+            .map(|(name, value)| (name.as_slice(), value.as_slice()))
+            .collect();
+        assert_eq!(
+            pairs,
+            [(&b"A"[..], &b"1"[..]), (b"B", b"x=y"), (b"C", b"")]
+        );
+    }
+
+    #[test]
+    fn a_made_up_mac_address_is_local_and_unicast() {
+        for _ in 0..64 {
+            assert_eq!(mac_address().unwrap()[0] & 3, 2);
+        }
+    }
+}

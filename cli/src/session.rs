@@ -1,0 +1,198 @@
+//! The host's end of one command in a guest: its control connection and its byte streams.
+//!
+//! Each stream is a vsock connection of its own, so a reader that stops holds up nothing but what
+//! it reads. The threads here only copy; what is to happen is decided by whoever reads the events.
+
+use std::hash::{BuildHasher, RandomState};
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::Instant;
+
+use agent::protocol::{self, AGENT_PORT, Exec, Open, StreamKind, ToSession, WindowSize};
+
+use crate::event::Event;
+use crate::link::Link;
+
+/// Bytes copied at a time.
+const CHUNK: usize = 256 << 10;
+
+/// A command that runs in a guest, or is about to.
+#[derive(Debug)]
+pub struct Session {
+    control: UnixStream,
+    outputs: usize,
+    first_output: Arc<OnceLock<Instant>>,
+}
+
+impl Session {
+    /// Asks the agent behind `link` to run `exec` on this process's standard streams.
+    ///
+    /// What becomes of it arrives at `events`: [`Event::Session`], and [`Event::OutputDone`] once for
+    /// each of [`Session::outputs`].
+    pub fn start(link: &Link, exec: Exec, events: &Sender<Event>) -> io::Result<Self> {
+        let mut control = link.connect(AGENT_PORT)?;
+        let first_output = Arc::new(OnceLock::new());
+        let (session, terminal, stdin) = (exec.session, exec.terminal.is_some(), exec.stdin);
+        protocol::send(&mut control, &Open::Exec(exec))?;
+
+        let open = |kind| -> io::Result<UnixStream> {
+            let mut stream = link.connect(AGENT_PORT)?;
+            protocol::send(&mut stream, &Open::Stream { session, kind })?;
+            Ok(stream)
+        };
+        let copy_out = |stream: UnixStream, to: BorrowedFd<'static>| {
+            let (events, first) = (events.clone(), first_output.clone());
+            spawn("output", move || {
+                copy_output(&stream, to, &first);
+                let _ = events.send(Event::OutputDone);
+            })
+        };
+        let outputs = if terminal {
+            let stream = open(StreamKind::Terminal)?;
+            if stdin {
+                let keyboard = stream.try_clone()?;
+                spawn("input", move || copy_input(&keyboard))?;
+            }
+            copy_out(stream, rustix::stdio::stdout())?;
+            1
+        } else {
+            if stdin {
+                let stream = open(StreamKind::Stdin)?;
+                spawn("input", move || copy_input(&stream))?;
+            }
+            copy_out(open(StreamKind::Stdout)?, rustix::stdio::stdout())?;
+            copy_out(open(StreamKind::Stderr)?, rustix::stdio::stderr())?;
+            2
+        };
+        let replies = control.try_clone()?;
+        let events = events.clone();
+        spawn("session", move || read_replies(replies, &events))?;
+        Ok(Self {
+            control,
+            outputs,
+            first_output,
+        })
+    }
+
+    /// How many output streams there are to wait for.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+
+    /// When the first byte of output arrived.
+    pub fn first_output(&self) -> Option<Instant> {
+        self.first_output.get().copied()
+    }
+
+    /// Sends a signal to the command.
+    pub fn signal(&mut self, signal: i32) -> io::Result<()> {
+        protocol::send(&mut self.control, &ToSession::Signal(signal))
+    }
+
+    /// Tells the command's terminal its new size.
+    pub fn resize(&mut self, size: WindowSize) -> io::Result<()> {
+        protocol::send(&mut self.control, &ToSession::Resize(size))
+    }
+}
+
+/// A number that no other session of a guest will have: it ties streams to their session.
+pub fn fresh_id() -> u64 {
+    RandomState::new().hash_one((std::process::id(), Instant::now()))
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    thread::Builder::new().name(name.into()).spawn(body)?;
+    Ok(())
+}
+
+fn read_replies(mut control: UnixStream, events: &Sender<Event>) {
+    loop {
+        let reply = match protocol::receive(&mut control) {
+            Ok(reply) => reply,
+            Err(error) => {
+                tracing::debug!("the session's connection broke: {error}");
+                None
+            }
+        };
+        let last = reply.is_none();
+        if events.send(Event::Session(reply)).is_err() || last {
+            return;
+        }
+    }
+}
+
+/// Copies standard input to the command; its end is the command's end of file.
+fn copy_input(mut to: &UnixStream) {
+    let mut buffer = vec![0u8; CHUNK];
+    loop {
+        match rustix::io::read(rustix::stdio::stdin(), &mut buffer) {
+            Ok(0) => break,
+            Ok(len) => {
+                if to.write_all(&buffer[..len]).is_err() {
+                    // The command closed its standard input, or ended.
+                    return;
+                }
+            }
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::AGAIN) => wait_for(rustix::stdio::stdin(), true),
+            Err(error) => {
+                tracing::debug!("standard input cannot be read: {error}");
+                break;
+            }
+        }
+    }
+    let _ = to.shutdown(Shutdown::Write);
+}
+
+/// Copies the command's output until it ends; when nobody reads ours any more, the command is told
+/// by closing its stream (it gets SIGPIPE, as it would in a pipeline).
+fn copy_output(mut from: &UnixStream, to: BorrowedFd<'_>, first: &OnceLock<Instant>) {
+    let mut buffer = vec![0u8; CHUNK];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return,
+            Ok(len) => {
+                first.get_or_init(Instant::now);
+                if let Err(error) = write_all(to, &buffer[..len]) {
+                    tracing::debug!("output cannot be written: {error}");
+                    let _ = from.shutdown(Shutdown::Both);
+                    return;
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => {
+                tracing::debug!("an output stream broke: {error}");
+                return;
+            }
+        }
+    }
+}
+
+/// Writes all of `data`, also where the caller left the descriptor non-blocking.
+fn write_all(to: BorrowedFd<'_>, mut data: &[u8]) -> rustix::io::Result<()> {
+    while !data.is_empty() {
+        match rustix::io::write(to, data) {
+            Ok(len) => data = &data[len..],
+            Err(rustix::io::Errno::INTR) => {}
+            Err(rustix::io::Errno::AGAIN) => wait_for(to, false),
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+fn wait_for(fd: BorrowedFd<'_>, readable: bool) {
+    use rustix::event::{PollFd, PollFlags, poll};
+    let flags = if readable {
+        PollFlags::IN
+    } else {
+        PollFlags::OUT
+    };
+    // A failed poll is followed by another try of the operation, which names the failure.
+    let _ = poll(&mut [PollFd::from_borrowed_fd(fd, flags)], None);
+}
