@@ -17,6 +17,8 @@ use crate::memory::{self, MemoryError};
 const ELF_MAGIC: &[u8] = b"\x7fELF";
 /// Where a bzImage has "HdrS" (Linux, `boot.rst`, "The Real-Mode Kernel Header").
 const HDRS_OFFSET: usize = 0x202;
+/// Where the setup header of the boot protocol's latest version ends.
+const SETUP_HEADER_END: u64 = 0x26c;
 /// Where an arm64 Image has its magic (Linux, `arm64/booting.rst`).
 const ARM64_OFFSET: usize = 0x38;
 /// How much of the file is enough to tell what it is.
@@ -229,6 +231,9 @@ fn load_bzimage(
     len: u64,
     ram_end: u64,
 ) -> Result<LoadedKernel, KernelFault> {
+    if len < SETUP_HEADER_END {
+        return Err(KernelFault::Truncated);
+    }
     let start = layout::HIGH_RAM_START;
     check_range(start, start.saturating_add(len), ram_end)?;
     let loaded =

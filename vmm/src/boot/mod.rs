@@ -6,3 +6,5 @@ pub mod initramfs;
 pub mod initrd;
 pub mod kernel;
 pub mod params;
+#[cfg(test)]
+mod tests;
