@@ -7,14 +7,15 @@
 //! Lock order: the lock of a task ([`Cache::exclusive`]), then the lock of the cache, which is
 //! held only for moments.
 
+mod stage;
+
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -22,6 +23,8 @@ use sha2::{Digest, Sha256};
 use thiserror::Error;
 
 use crate::version;
+
+pub use stage::{Description, Stage};
 
 const STAGE_PREFIX: &str = ".stage-";
 const METADATA: &str = "kernel.json";
@@ -308,11 +311,7 @@ impl Cache {
             .map_err(CacheError::io("making", &dir))?;
         let handle = File::open(&dir).map_err(CacheError::io("opening", &dir))?;
         lock(&handle).map_err(CacheError::io("locking", &dir))?;
-        Ok(Stage {
-            cache: self.clone(),
-            dir,
-            _lock: handle,
-        })
+        Ok(Stage::new(self.clone(), dir, handle))
     }
 
     /// Removes staging directories that nobody holds the lock of. The cache's lock is held.
@@ -342,98 +341,6 @@ impl Cache {
 #[derive(Debug)]
 pub struct TaskLock {
     _file: File,
-}
-
-/// A kernel in the making. Dropped, it takes all its files along.
-#[derive(Debug)]
-pub struct Stage {
-    cache: Cache,
-    dir: PathBuf,
-    /// Tells other processes that somebody is at work here.
-    _lock: File,
-}
-
-/// What [`Stage::publish`] cannot see in the files.
-#[derive(Debug, Clone)]
-pub struct Description {
-    /// The release that `uname -r` prints; see [`version::release`].
-    pub version: String,
-    /// How the kernel came here.
-    pub source: Source,
-    /// The package that it was taken or built from.
-    pub package: Option<String>,
-    /// That package's version.
-    pub package_version: Option<String>,
-}
-
-impl Stage {
-    /// The directory to put files into.
-    pub fn path(&self) -> &Path {
-        &self.dir
-    }
-
-    /// Makes a kernel of what is in the directory, which must hold at least [`VMLINUX`].
-    ///
-    /// Where the same kernel is there already, that one is returned.
-    ///
-    /// # Errors
-    /// When a file cannot be read or written; nothing is left behind then.
-    pub fn publish(self, description: Description) -> Result<CachedKernel, CacheError> {
-        let sha256 = digest(&self.dir.join(VMLINUX))?;
-        let short: String = sha256.chars().take(12).collect();
-        let id = format!("{}-{short}", description.version);
-        let metadata = Metadata {
-            version: description.version,
-            sha256,
-            source: description.source,
-            package: description.package,
-            package_version: description.package_version,
-            created: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |since| since.as_secs()),
-        };
-        let path = self.dir.join(METADATA);
-        let text = serde_json::to_vec_pretty(&metadata).map_err(|source| CacheError::Metadata {
-            path: path.clone(),
-            source,
-        })?;
-        fs::write(&path, text).map_err(CacheError::io("writing", &path))?;
-        // All of it has to be on the disk before the name says that it is.
-        walk(&self.dir, &mut |path, _| {
-            fs::set_permissions(path, fs::Permissions::from_mode(0o444))
-                .and_then(|()| File::open(path)?.sync_all())
-                .map_err(CacheError::io("writing out", path))
-        })?;
-        let target = self.cache.root.join(&id);
-        let _guard = self.cache.exclusive("cache")?;
-        if let Ok(metadata) = read_metadata(&target) {
-            return Ok(CachedKernel {
-                id,
-                dir: target,
-                metadata,
-            });
-        }
-        fs::rename(&self.dir, &target).map_err(CacheError::io("making", &target))?;
-        File::open(&self.cache.root)
-            .and_then(|root| root.sync_all())
-            .map_err(CacheError::io("writing out", &self.cache.root))?;
-        Ok(CachedKernel {
-            id,
-            dir: target,
-            metadata,
-        })
-    }
-}
-
-impl Drop for Stage {
-    fn drop(&mut self) {
-        match fs::remove_dir_all(&self.dir) {
-            Ok(()) => {}
-            // It was published.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => tracing::warn!("{} is left behind: {error}", self.dir.display()),
-        }
-    }
 }
 
 /// SHA-256 of a file, in hexadecimal.

@@ -1,5 +1,7 @@
 //! Tests of the cache: what is published is whole, what is not leaves nothing.
 
+use std::os::unix::fs::PermissionsExt;
+
 use super::*;
 
 fn cache() -> (tempfile::TempDir, Cache) {
