@@ -110,7 +110,8 @@ pub fn create(size: u64) -> Result<GuestMemoryMmap, MemoryError> {
 
 fn check_host(asked_mib: u64) -> Result<(), MemoryError> {
     let info = rustix::system::sysinfo();
-    let host_mib = (info.totalram as u128 * u128::from(info.mem_unit) >> 20) as u64;
+    let host = u128::from(info.totalram) * u128::from(info.mem_unit);
+    let host_mib = (host >> 20) as u64;
     if asked_mib > host_mib {
         return Err(MemoryError::MoreThanHost {
             asked_mib,

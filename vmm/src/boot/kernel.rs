@@ -249,7 +249,7 @@ fn load_bzimage(
         .setup_header
         .ok_or(KernelFault::Malformed("it has no setup header"))?;
     let version = header.version;
-    if version < PROTOCOL_XLOADFLAGS || header.xloadflags & XLF_KERNEL_64 as u16 == 0 {
+    if version < PROTOCOL_XLOADFLAGS || header.xloadflags & XLF_KERNEL_64 == 0 {
         return Err(KernelFault::Architecture("32-bit x86".to_owned()));
     }
     // `syssize` is the protected-mode part in units of 16 bytes: less of it means a cut file.

@@ -101,7 +101,7 @@ fn write_linux(
     params.hdr.boot_flag = BOOT_FLAG;
     params.hdr.header = HDRS;
     params.hdr.type_of_loader = LOADER_UNDEFINED;
-    params.hdr.loadflags |= LOADED_HIGH as u8;
+    params.hdr.loadflags |= LOADED_HIGH;
     params.hdr.cmd_line_ptr = layout::CMDLINE_START as u32;
     params.hdr.cmdline_size = (layout::CMDLINE_MAX - 1) as u32;
     if let Some(initrd) = initrd {
