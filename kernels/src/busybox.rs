@@ -82,7 +82,7 @@ pub fn fetch(
         &wanted,
         None,
         stage.path(),
-        &mut |_| false,
+        &mut |_, _| false,
         progress,
     )?;
     let program = stage.path().join("busybox");

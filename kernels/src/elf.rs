@@ -54,14 +54,21 @@ pub enum ElfError {
 /// # Errors
 /// An [`ElfError`] that says why it is not.
 pub fn check_kernel(file: &File, len: u64) -> Result<(), ElfError> {
-    let cache = ReadCache::new(file);
-    let ident: Vec<u8> = cache
+    check_kernel_in(&ReadCache::new(file), len)
+}
+
+/// As [`check_kernel`], for the first `len` bytes of anything that can be read in pieces.
+///
+/// # Errors
+/// As [`check_kernel`].
+pub fn check_kernel_in<'a>(data: impl ReadRef<'a>, len: u64) -> Result<(), ElfError> {
+    let ident: Vec<u8> = data
         .read_bytes_at(0, IDENT_LEN as u64)
         .map_err(|()| ElfError::Truncated { end: 64, len })?
         .to_vec();
     check_machine(&ident)?;
     let damaged = |error: object::Error| ElfError::Damaged(error.to_string());
-    let header = Header::parse(&cache).map_err(damaged)?;
+    let header = Header::parse(data).map_err(damaged)?;
     let kind = header.e_type.get(LittleEndian);
     if kind != ET_EXEC && kind != ET_DYN {
         return Err(ElfError::NotExecutable(kind));
@@ -77,7 +84,7 @@ pub fn check_kernel(file: &File, len: u64) -> Result<(), ElfError> {
         });
     }
     let segments = header
-        .program_headers(LittleEndian, &cache)
+        .program_headers(LittleEndian, data)
         .map_err(damaged)?;
     // What only a program's loader reads.
     if segments.iter().any(|segment| {

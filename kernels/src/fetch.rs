@@ -123,11 +123,15 @@ pub fn fetch_with(
         &kind.wanted(),
         Some(MODULES_PREFIX),
         &download,
-        &mut |name| {
+        &mut |name, version| {
             present = cached
                 .iter()
-                .find(|kernel| kernel.metadata.package.as_deref() == Some(name))
-                .cloned();
+                .map(|kernel| (kernel, &kernel.metadata))
+                .find(|(_, metadata)| {
+                    metadata.package.as_deref() == Some(name)
+                        && metadata.package_version.as_deref() == Some(version)
+                })
+                .map(|(kernel, _)| kernel.clone());
             present.is_some()
         },
         progress,

@@ -18,6 +18,9 @@ here=$(dirname "$0")
 echo "cache $*" >> "$here/log"
 [ -e "$here/lists-are-there" ] || { echo "E: No packages found" >&2; exit 100; }
 for name; do :; done
+case " $* " in
+*" show "*) printf 'Package: %s\nVersion: %s\n' "$name" "$(cat "$here/version")"; exit 0 ;;
+esac
 case $name in
 linux-image-cloud-amd64)
     printf 'linux-image-cloud-amd64\n  Depends: linux-image-6.1.0-56-cloud-amd64\n' ;;
@@ -40,11 +43,11 @@ case " $* " in
 *" download "*)
     echo "dlstatus:1:50.0000:Retrieving file 1 of 1"
     if [ -e "$here/breaks" ]; then
-        head -c 100 "$here/$name.deb" > "${name}_1%3a6.1_amd64.deb"
+        head -c 100 "$here/$name.deb" > "${name}_$(sed s/:/%3a/ "$here/version")_amd64.deb"
         echo "E: Failed to fetch: Connection reset" >&2
         exit 100
     fi
-    cp "$here/$name.deb" "${name}_1%3a6.1_amd64.deb" ;;
+    cp "$here/$name.deb" "${name}_$(sed s/:/%3a/ "$here/version")_amd64.deb" ;;
 *) exit 1 ;;
 esac
 "#;
@@ -66,11 +69,16 @@ impl Fixture {
         let fixture = Self { dir, cache };
         fixture.offer(PACKAGE, &image_package());
         fixture.touch("lists-are-there");
+        fixture.offer_version("1:6.1");
         fixture
     }
 
     fn offer(&self, name: &str, deb: &[u8]) {
         fs::write(self.dir.path().join(format!("{name}.deb")), deb).unwrap();
+    }
+
+    fn offer_version(&self, version: &str) {
+        fs::write(self.dir.path().join("version"), version).unwrap();
     }
 
     fn touch(&self, name: &str) {
@@ -189,6 +197,17 @@ fn a_kernel_that_is_there_is_not_downloaded_again() {
     let second = fixture.fetch(&Kind::Package(PACKAGE.to_owned())).unwrap();
     assert_eq!(first.id, second.id);
     assert_eq!(fixture.log().matches("download").count(), 1);
+}
+
+#[test]
+fn a_newer_build_of_the_same_package_is_fetched() {
+    let fixture = Fixture::new();
+    let first = fixture.fetch(&Kind::Cloud).unwrap();
+    fixture.offer_version("1:6.2");
+    let second = fixture.fetch(&Kind::Cloud).unwrap();
+    assert_eq!(fixture.log().matches("download").count(), 2);
+    // The script offers the same kernel in it, which stays the one it was.
+    assert_eq!(first.id, second.id);
 }
 
 #[test]

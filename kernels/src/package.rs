@@ -165,7 +165,8 @@ impl<'a> Packages<'a> {
     }
 
     /// Downloads what is wanted, and the packages it depends on that begin with `companion`, into
-    /// `dir`. `known` is told the name beforehand, and ends the work by returning false.
+    /// `dir`. `known` is told the name and the version beforehand; where it returns true, nothing is
+    /// downloaded.
     ///
     /// # Errors
     /// When the package is nowhere to be had; the error is that of the last attempt.
@@ -174,7 +175,7 @@ impl<'a> Packages<'a> {
         wanted: &Wanted,
         companion: Option<&str>,
         dir: &Path,
-        known: &mut dyn FnMut(&str) -> bool,
+        known: &mut dyn FnMut(&str, &str) -> bool,
         progress: &dyn Progress,
     ) -> Result<Vec<Package>, PackageError> {
         let first = obtain_from(&self.system, wanted, companion, dir, known, progress);
@@ -227,11 +228,12 @@ fn obtain_from(
     wanted: &Wanted,
     companion: Option<&str>,
     dir: &Path,
-    known: &mut dyn FnMut(&str) -> bool,
+    known: &mut dyn FnMut(&str, &str) -> bool,
     progress: &dyn Progress,
 ) -> Result<Vec<Package>, PackageError> {
     let name = wanted.resolve(client)?;
-    if known(&name) {
+    let version = client.candidate(&name)?;
+    if known(&name, &version) {
         return Ok(Vec::new());
     }
     let mut packages = vec![client.download(&name, dir, progress)?];

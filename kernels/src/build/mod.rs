@@ -147,7 +147,7 @@ pub fn build(
         },
         None => Wanted::Newest(SOURCE_PREFIX),
     };
-    let found = packages.obtain(&wanted, None, &work, &mut |_| false, progress)?;
+    let found = packages.obtain(&wanted, None, &work, &mut |_, _| false, progress)?;
     let Some(package) = found.into_iter().next() else {
         return Err(BuildError::NoSource(SOURCE_PREFIX.to_owned()));
     };

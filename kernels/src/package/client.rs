@@ -115,6 +115,17 @@ impl Client {
             .collect())
     }
 
+    /// The version that [`Client::download`] would bring.
+    pub(super) fn candidate(&self, name: &str) -> Result<String, PackageError> {
+        check_name(name)?;
+        let mut command = self.command(&self.apt_cache);
+        command.args(["show", "--no-all-versions", name]);
+        self.run(command)?
+            .lines()
+            .find_map(|line| Some(line.strip_prefix("Version: ")?.trim().to_owned()))
+            .ok_or_else(|| PackageError::Unknown(name.to_owned()))
+    }
+
     /// The names of all packages that begin with `prefix`, the newest version last.
     pub(super) fn names(&self, prefix: &str) -> Result<Vec<String>, PackageError> {
         check_name(prefix)?;
