@@ -41,8 +41,8 @@ Exit code: the command's own; 128+N when signal N killed it; 124 when --timeout 
 
 Without a command an interactive shell is opened.")]
 pub struct RunArgs {
-    /// Kernel to boot: an ELF vmlinux or a bzImage [default: see `mvm kernel ls`]
-    #[arg(long, value_name = "FILE")]
+    /// Kernel to boot: an ELF vmlinux, a bzImage, or a name of `mvm kernel ls` [default: its first]
+    #[arg(long, value_name = "KERNEL")]
     pub kernel: Option<PathBuf>,
 
     /// Boot this initramfs and nothing else; the serial console is then the interface
@@ -200,6 +200,11 @@ pub enum KernelCommand {
         /// Its module tree (`…/lib/modules/VERSION`)
         #[arg(long, value_name = "DIR")]
         modules: Option<PathBuf>,
+    },
+    /// Boot this kernel where none is named
+    Use {
+        /// A name of `mvm kernel ls`, or a file; without one, mvm chooses again by itself
+        kernel: Option<PathBuf>,
     },
     /// Remove a kernel
     Rm {

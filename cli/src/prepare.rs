@@ -4,10 +4,11 @@ use anyhow::{Context, Result, bail};
 use kernels::cache::Cache;
 use kernels::package::{Client, Consent, Packages};
 use kernels::progress::Stderr;
+use kernels::select::Role;
 
 use crate::accel::qemu;
 use crate::args::RunArgs;
-use crate::kernel::{self, Use};
+use crate::kernel;
 
 /// What the caller of mvm allows to be done to the system.
 pub fn consent(yes: bool) -> Consent {
@@ -19,7 +20,7 @@ pub fn machine(args: &RunArgs, cache: &Cache) -> Result<()> {
     let consent = consent(args.host.yes);
     let progress = Stderr::new();
     if args.kernel.is_none() {
-        kernel::ensure(cache, Use::Machine, consent, &progress)?;
+        kernel::ensure(cache, Role::Machine, consent, &progress)?;
     }
     if args.initrd.is_none() && args.rootfs.is_none() {
         kernel::busybox(cache, consent, &progress)?;
@@ -44,6 +45,6 @@ pub fn outer(yes: bool, cache: &Cache) -> Result<()> {
             .install(&[qemu::PACKAGE], &progress)
             .with_context(|| format!("{} could not be installed", qemu::PACKAGE))?;
     }
-    kernel::ensure(cache, Use::Outer, consent, &progress)?;
+    kernel::ensure(cache, Role::Outer, consent, &progress)?;
     Ok(())
 }

@@ -10,11 +10,11 @@ use agent::protocol::Exec;
 use anyhow::{Context, Result};
 use devices::virtio::block::disk;
 use kernels::cache::Cache;
+use kernels::select::Kernel;
 use vmm::boot::cmdline;
 use vmm::{DiskConfig, Initrd, MachineConfig, NetConfig, VsockConfig};
 
 use crate::args::{Net, RunArgs};
-use crate::kernel::Kernel;
 use crate::{guest, session, terminal};
 
 /// The serial number of the disk with the root filesystem.
@@ -139,7 +139,7 @@ pub fn initramfs(args: &RunArgs, kernel: &Kernel, cache: &Cache) -> Result<Vec<u
             ));
         }
     }
-    let modules = kernel.modules(&required, &optional)?;
+    let modules = crate::kernel::modules(kernel, &required, &optional)?;
     let hostname = args.name.as_deref().unwrap_or(HOSTNAME);
     let mut description: Guest = guest::describe(hostname, root.clone())?;
     description.init = args.init.clone();

@@ -6,10 +6,10 @@ use std::{env, fs, thread};
 use agent::guest::{Mount, Root};
 use anyhow::{Context, Result};
 use kernels::cache::Cache;
+use kernels::select::Role;
 
 use super::qemu::{CACHE_TAG, HOST_TAG};
-use crate::kernel::{self, Use};
-use crate::{dirs, guest};
+use crate::{dirs, guest, kernel};
 
 /// Where this program is in the initramfs.
 const PROGRAM_FILE: &str = "/mvm/bin/mvm";
@@ -51,7 +51,7 @@ pub struct Outer {
 /// Puts the outer Linux together.
 pub fn compose() -> Result<Outer> {
     let kernels = Cache::open()?;
-    let kernel = kernel::find(&kernels, None, Use::Outer)?
+    let kernel = kernel::find(&kernels, None, Role::Outer)?
         .context("there is no kernel for the outer Linux: fetch one with `mvm kernel fetch generic`")?;
     let program = env::current_exe().context("mvm cannot find its own file")?;
     let program =
@@ -70,7 +70,7 @@ pub fn compose() -> Result<Outer> {
         // Files of the cache never change once they have their name.
         options: "trans=virtio,version=9p2000.L,msize=1048576,cache=loose".to_owned(),
     });
-    let modules = kernel.modules(REQUIRED, OPTIONAL)?;
+    let modules = kernel::modules(&kernel, REQUIRED, OPTIONAL)?;
     let initramfs = guest::initramfs(description, &modules, &[(PROGRAM_FILE, 0o755, &program)])?;
     let (part, whole) = MEMORY_SHARE;
     let memory = total_memory()? / whole * part;

@@ -3,10 +3,11 @@
 use std::path::Path;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use kernels::cache::{Cache, Source};
 use kernels::fetch::{self, Kind};
 use kernels::progress::Stderr;
+use kernels::select::{self, Places, Role};
 use kernels::{add, build, check};
 use serde::Serialize;
 
@@ -39,6 +40,7 @@ pub fn run(command: KernelCommand) -> Result<ExitCode> {
         KernelCommand::Add { file, modules } => {
             println!("{}", add::add(&cache, &file, modules.as_deref())?.id);
         }
+        KernelCommand::Use { kernel } => prefer(&cache, kernel.as_deref())?,
         KernelCommand::Rm { names } => {
             for name in names {
                 println!("{}", cache.remove(&name)?);
@@ -51,6 +53,24 @@ pub fn run(command: KernelCommand) -> Result<ExitCode> {
         } => return check_file(&file, &purpose, format),
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Sets what is booted where no kernel is named, once it is known to be one.
+fn prefer(cache: &Cache, kernel: Option<&Path>) -> Result<()> {
+    let places = Places::of_user()?;
+    let Some(kernel) = kernel else {
+        return Ok(places.preference.set(None)?);
+    };
+    select::select(cache, &places, Some(kernel), Role::Machine)?;
+    // A file has to be found from any directory, a name of the cache has none.
+    let setting = match kernel.is_file() {
+        true => kernel.canonicalize()?,
+        false => kernel.to_owned(),
+    };
+    let setting = setting
+        .to_str()
+        .context("the kernel's path is not UTF-8: rename it")?;
+    Ok(places.preference.set(Some(setting))?)
 }
 
 #[derive(Debug, Serialize)]

@@ -12,6 +12,7 @@ use agent::protocol::{
 };
 use anyhow::{Context, Result, anyhow, bail};
 use kernels::cache::Cache;
+use kernels::select::Role;
 use signal_hook::consts::{SIGKILL, SIGTERM, SIGWINCH};
 use vmm::{Initrd, Machine, Outcome};
 
@@ -19,12 +20,11 @@ use crate::accel::{self, Choice};
 use crate::args::RunArgs;
 use crate::console::{Console, Tail};
 use crate::event::{self, Event};
-use crate::kernel::{self, Use};
 use crate::link::Link;
 use crate::session::Session;
 use crate::terminal::{self, RawMode};
 use crate::timing::Timing;
-use crate::{cmd, name, prepare, resolve};
+use crate::{cmd, kernel, name, prepare, resolve};
 
 /// Between a request to end and the use of force.
 const GRACE: Duration = Duration::from_secs(10);
@@ -57,7 +57,7 @@ pub fn run(args: &RunArgs, arguments: &[OsString]) -> Result<ExitCode> {
 
 fn local(args: &RunArgs, cache: &Cache, mut timing: Timing) -> Result<ExitCode> {
     let _claim = args.name.as_deref().map(name::claim).transpose()?;
-    let kernel = kernel::find(cache, args.kernel.as_deref(), Use::Machine)?
+    let kernel = kernel::find(cache, args.kernel.as_deref(), Role::Machine)?
         .context("there is no kernel to boot: fetch one with `mvm kernel fetch`")?;
     let (events, inbox) = mpsc::channel();
     // From here on a signal ends the machine in an orderly way.
