@@ -132,7 +132,21 @@ pub fn build(
     consent: Consent,
     progress: &dyn Progress,
 ) -> Result<CachedKernel, BuildError> {
-    let packages = Packages::new(Client::find()?, cache, consent);
+    build_with(Client::find()?, cache, options, consent, progress)
+}
+
+/// As [`build`], through the package client `client`.
+///
+/// # Errors
+/// As [`build`].
+pub fn build_with(
+    client: Client,
+    cache: &Cache,
+    options: &Options,
+    consent: Consent,
+    progress: &dyn Progress,
+) -> Result<CachedKernel, BuildError> {
+    let packages = Packages::new(client, cache, consent);
     require_space(cache)?;
     tools::require(&packages, consent, progress)?;
     let _lock = cache.exclusive("build")?;
@@ -371,3 +385,6 @@ fn time_stamp(seconds: u64) -> Result<String, BuildError> {
         .map_err(io_error(date))?;
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
+
+#[cfg(test)]
+mod tests;
