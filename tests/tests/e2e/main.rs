@@ -1,0 +1,3 @@
+//! End to end: what a user types, and what comes of it.
+
+mod run;
