@@ -23,6 +23,18 @@ pub struct Guest {
     pub entropy: Vec<u8>,
     /// More filesystems to mount below the root, in this order.
     pub mounts: Vec<Mount>,
+    /// Settings of the kernel, for what its command line cannot say. One that the kernel does not
+    /// know is passed over.
+    pub settings: Vec<Setting>,
+}
+
+/// A setting of the kernel.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Setting {
+    /// A file below /proc/sys or /sys.
+    pub path: String,
+    /// What to write into it.
+    pub value: String,
 }
 
 /// Where the root filesystem comes from.

@@ -21,6 +21,7 @@ mod rendezvous;
 mod root;
 mod serve;
 mod session;
+mod settings;
 mod signals;
 mod spawn;
 mod stream;
@@ -83,6 +84,7 @@ fn run(started: Duration) -> Result<Infallible> {
         .with_context(|| format!("{:?} cannot be the machine's host name", guest.hostname))?;
     loopback::bring_up().context("the loopback interface cannot be brought up")?;
     raise_open_files()?;
+    settings::apply(&guest.settings);
 
     let reaper = Reaper::default();
     let root = root::prepare(&guest.root, &reaper)?;

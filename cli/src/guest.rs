@@ -32,6 +32,7 @@ pub fn describe(hostname: &str, root: Root) -> Result<Guest> {
         epoch_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
         entropy,
         mounts: Vec::new(),
+        settings: Vec::new(),
     })
 }
 

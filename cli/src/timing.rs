@@ -13,8 +13,12 @@ pub struct Timing {
     start: Instant,
     /// Between the start on the host and `start`, where this mvm runs in the outer Linux.
     accel: Option<Duration>,
+    /// Host, kernel and files were found, the guest's files packed.
+    pub resolved: Option<Instant>,
     /// The machine was set up.
     pub launched: Option<Instant>,
+    /// Where that time went.
+    pub launch: Option<vmm::Timings>,
     /// From its first instruction to the agent's, as the guest counted it.
     pub kernel: Option<Duration>,
     /// The agent's own part until it was ready.
@@ -40,7 +44,9 @@ impl Timing {
         Self {
             start: Instant::now(),
             accel,
+            resolved: None,
             launched: None,
+            launch: None,
             kernel: None,
             agent: None,
             ready: None,
@@ -65,13 +71,20 @@ fn since_epoch() -> Duration {
 impl fmt::Display for Timing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut line = |name: &str, time: Option<Duration>| match time {
-            Some(time) => writeln!(f, "timing: {name:<14}{:>9.1} ms", time.as_secs_f64() * 1e3),
+            Some(time) => writeln!(f, "timing: {name:<15}{:>9.1} ms", time.as_secs_f64() * 1e3),
             None => Ok(()),
         };
         let between = |from: Option<Instant>, to: Option<Instant>| Some(to?.duration_since(from?));
         let start = Some(self.start);
         line("outer Linux", self.accel)?;
-        line("VMM set-up", between(start, self.launched))?;
+        line("preparation", between(start, self.resolved))?;
+        line("VMM set-up", between(self.resolved, self.launched))?;
+        if let Some(launch) = self.launch {
+            line("· memory, VM", Some(launch.vm))?;
+            line("· devices", Some(launch.devices))?;
+            line("· kernel, files", Some(launch.kernel))?;
+            line("· vCPUs", Some(launch.vcpus))?;
+        }
         line("kernel", self.kernel)?;
         line("agent", self.agent)?;
         line("command", between(self.ready, self.first_output))?;

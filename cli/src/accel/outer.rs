@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::{env, fs, thread};
 
-use agent::guest::{Mount, Root};
+use agent::guest::{Mount, Root, Setting};
 use anyhow::{Context, Result};
 use kernels::cache::Cache;
 use kernels::select::Role;
@@ -69,6 +69,11 @@ pub fn compose() -> Result<Outer> {
         filesystem: "9p".to_owned(),
         // Files of the cache never change once they have their name.
         options: "trans=virtio,version=9p2000.L,msize=1048576,cache=loose".to_owned(),
+    });
+    // A page fault of a nested guest is dear under emulation: machines' memory comes in huge pages.
+    description.settings.push(Setting {
+        path: "/sys/kernel/mm/transparent_hugepage/shmem_enabled".to_owned(),
+        value: "advise".to_owned(),
     });
     let modules = kernel::modules(&kernel, REQUIRED, OPTIONAL)?;
     let initramfs = guest::initramfs(description, &modules, &[(PROGRAM_FILE, 0o755, &program)])?;

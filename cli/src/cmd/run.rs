@@ -68,7 +68,9 @@ fn local(args: &RunArgs, cache: &Cache, mut timing: Timing) -> Result<ExitCode> 
     }
     let tail = Tail::default();
     config.console = Some(Box::new(Console::new(tail.clone(), cmd_watch(args))));
+    timing.resolved = Some(Instant::now());
     let machine = Arc::new(vmm::prepare(config)?);
+    timing.launch = Some(machine.timings());
     timing.launched = Some(Instant::now());
     watch_machine(&machine, &events)?;
     let mut running = Running {
