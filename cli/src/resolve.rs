@@ -80,6 +80,12 @@ pub fn machine(args: &RunArgs, kernel: &Kernel) -> Result<MachineConfig> {
             cmdline::DEFAULT,
             cmdline::SERIAL_CONSOLE,
             loglevel,
+            // An emulator does not speculate.
+            if crate::accel::is_outer() {
+                "mitigations=off"
+            } else {
+                ""
+            },
             &args.append,
         ]),
         disks,

@@ -24,7 +24,7 @@ const REQUIRED: &[&str] = &["virtio_pci", "vmw_vsock_virtio_transport", "9pnet_v
 const OPTIONAL: &[&str] = &["kvm_amd", "ccp", "tun", "bridge", "veth"];
 
 /// Messages of the kernel only when it fails; no mitigation of speculation that an emulator does not do.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable no_timer_check \
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off kvm_amd.nested=0 tsc=reliable no_timer_check \
                        i8042.noaux i8042.nomux";
 
 /// The share of the host's memory that the outer Linux may use: most of it, as it takes what it

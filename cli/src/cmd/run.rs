@@ -242,7 +242,6 @@ impl Running<'_> {
                     }
                     let started = Duration::from_nanos(agent_started_ns);
                     self.timing.ready = Some(Instant::now());
-                    self.timing.kernel = Some(started);
                     self.timing.agent = Duration::from_nanos(agent_ready_ns).checked_sub(started);
                     return Ok(None);
                 }
