@@ -10,7 +10,12 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Runs programs in micro-VMs: a kernel of their own, in about a second, without root.
 #[derive(Debug, Parser)]
-#[command(name = "mvm", version, max_term_width = 100, subcommand_required = true)]
+#[command(
+    name = "mvm",
+    version,
+    max_term_width = 100,
+    subcommand_required = true
+)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -74,7 +79,12 @@ pub struct RunArgs {
     pub memory: u64,
 
     /// More words for the kernel's command line
-    #[arg(long, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
+    #[arg(
+        long,
+        value_name = "WORDS",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
     pub append: String,
 
     /// Network: an existing TAP interface, or none
@@ -376,7 +386,18 @@ mod tests {
     fn sizes_need_a_unit_and_room_for_a_kernel() {
         assert_eq!(parse_size("512M"), Ok(512 << 20));
         assert_eq!(parse_size("2GiB"), Ok(2 << 30));
-        for bad in ["", "0", "0M", "1M", "12X", "512", "-1G", "1.5G", "99999999999T", "M"] {
+        for bad in [
+            "",
+            "0",
+            "0M",
+            "1M",
+            "12X",
+            "512",
+            "-1G",
+            "1.5G",
+            "99999999999T",
+            "M",
+        ] {
             assert!(parse_size(bad).is_err(), "{bad} was taken");
         }
     }

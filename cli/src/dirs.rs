@@ -29,8 +29,8 @@ fn private_dir(dir: &Path, uid: u32) -> Result<()> {
             return Err(error).with_context(|| format!("cannot make {}", dir.display()));
         }
     }
-    let found = fs::symlink_metadata(dir)
-        .with_context(|| format!("cannot look at {}", dir.display()))?;
+    let found =
+        fs::symlink_metadata(dir).with_context(|| format!("cannot look at {}", dir.display()))?;
     if !found.is_dir() || found.uid() != uid || found.mode() & 0o077 != 0 {
         bail!(
             "{} is not a private directory of yours: remove it, or set XDG_RUNTIME_DIR",
@@ -46,7 +46,9 @@ pub fn cache() -> Result<PathBuf> {
         Some(dir) if dir.is_absolute() => dir,
         _ => match env::var_os("HOME").map(PathBuf::from) {
             Some(home) if home.is_absolute() => home.join(".cache"),
-            _ => bail!("neither XDG_CACHE_HOME nor HOME says where to keep kernels: set one of them"),
+            _ => {
+                bail!("neither XDG_CACHE_HOME nor HOME says where to keep kernels: set one of them")
+            }
         },
     };
     let dir = base.join("mvm");

@@ -18,12 +18,7 @@ pub fn find(cache: &Cache, named: Option<&Path>, role: Role) -> Result<Option<Ke
 }
 
 /// Fetches a kernel for `role` where there is none yet.
-pub fn ensure(
-    cache: &Cache,
-    role: Role,
-    consent: Consent,
-    progress: &dyn Progress,
-) -> Result<()> {
+pub fn ensure(cache: &Cache, role: Role, consent: Consent, progress: &dyn Progress) -> Result<()> {
     if find(cache, None, role)?.is_some() {
         return Ok(());
     }

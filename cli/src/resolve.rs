@@ -236,10 +236,7 @@ mod tests {
             .iter()
             .map(|(name, value)| (name.as_slice(), value.as_slice()))
             .collect();
-        assert_eq!(
-            pairs,
-            [(&b"A"[..], &b"1"[..]), (b"B", b"x=y"), (b"C", b"")]
-        );
+        assert_eq!(pairs, [(&b"A"[..], &b"1"[..]), (b"B", b"x=y"), (b"C", b"")]);
     }
 
     #[test]

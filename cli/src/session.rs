@@ -45,38 +45,36 @@ impl Session {
             protocol::send(&mut stream, &Open::Stream { session, kind })?;
             Ok(stream)
         };
-        let copy_out = |stream: UnixStream, to: BorrowedFd<'static>| {
+        // All connections are open before the first byte is taken from standard input: a start that
+        // fails has consumed nothing.
+        let (input, outputs) = if terminal {
+            let stream = open(StreamKind::Terminal)?;
+            let keyboard = stdin.then(|| stream.try_clone()).transpose()?;
+            (keyboard, vec![(stream, rustix::stdio::stdout())])
+        } else {
+            let input = stdin.then(|| open(StreamKind::Stdin)).transpose()?;
+            let stdout = (open(StreamKind::Stdout)?, rustix::stdio::stdout());
+            let stderr = (open(StreamKind::Stderr)?, rustix::stdio::stderr());
+            (input, vec![stdout, stderr])
+        };
+        let session = Self {
+            control: control.try_clone()?,
+            outputs: outputs.len(),
+            first_output: first_output.clone(),
+        };
+        if let Some(input) = input {
+            spawn("input", move || copy_input(&input))?;
+        }
+        for (stream, to) in outputs {
             let (events, first) = (events.clone(), first_output.clone());
             spawn("output", move || {
                 copy_output(&stream, to, &first);
                 let _ = events.send(Event::OutputDone);
-            })
-        };
-        let outputs = if terminal {
-            let stream = open(StreamKind::Terminal)?;
-            if stdin {
-                let keyboard = stream.try_clone()?;
-                spawn("input", move || copy_input(&keyboard))?;
-            }
-            copy_out(stream, rustix::stdio::stdout())?;
-            1
-        } else {
-            if stdin {
-                let stream = open(StreamKind::Stdin)?;
-                spawn("input", move || copy_input(&stream))?;
-            }
-            copy_out(open(StreamKind::Stdout)?, rustix::stdio::stdout())?;
-            copy_out(open(StreamKind::Stderr)?, rustix::stdio::stderr())?;
-            2
-        };
-        let replies = control.try_clone()?;
+            })?;
+        }
         let events = events.clone();
-        spawn("session", move || read_replies(replies, &events))?;
-        Ok(Self {
-            control,
-            outputs,
-            first_output,
-        })
+        spawn("session", move || read_replies(control, &events))?;
+        Ok(session)
     }
 
     /// How many output streams there are to wait for.

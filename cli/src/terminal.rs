@@ -29,11 +29,7 @@ impl RawMode {
 impl Drop for RawMode {
     fn drop(&mut self) {
         // A terminal that has been closed has nothing left to restore.
-        let _ = termios::tcsetattr(
-            rustix::stdio::stdin(),
-            OptionalActions::Flush,
-            &self.before,
-        );
+        let _ = termios::tcsetattr(rustix::stdio::stdin(), OptionalActions::Flush, &self.before);
     }
 }
 

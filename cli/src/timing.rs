@@ -84,11 +84,17 @@ impl fmt::Display for Timing {
         }
         // The guest's clock starts late in its kernel's own start, so only the agent counts by it.
         let boot = between(self.launched, self.ready);
-        line("kernel", boot.map(|t| t.saturating_sub(self.agent.unwrap_or_default())))?;
+        line(
+            "kernel",
+            boot.map(|t| t.saturating_sub(self.agent.unwrap_or_default())),
+        )?;
         line("agent", self.agent)?;
         line("command", between(self.ready, self.first_output))?;
         let first = between(start, self.first_output);
-        line("first output", first.map(|t| t + self.accel.unwrap_or_default()))?;
+        line(
+            "first output",
+            first.map(|t| t + self.accel.unwrap_or_default()),
+        )?;
         line("command ended", between(start, self.exited))?;
         line("machine ended", between(start, self.ended))
     }

@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, Sender};
 use std::time::{Duration, Instant};
 
 use agent::protocol::{Exec, FromSession, WindowSize};
@@ -63,10 +63,8 @@ pub fn run(reason: &str, exec: Exec) -> Result<ExitCode> {
     let (events, inbox) = mpsc::channel();
     event::watch_signals(events.clone()).context("signals cannot be watched")?;
     let files = Files::of_this_program()?;
-    ensure_started(&files, Some(reason))?;
     let on_terminal = exec.terminal.is_some();
-    let mut session = Session::start(&Link::Socket(files.socket()), exec, &events)
-        .context("the outer Linux cannot be reached")?;
+    let mut session = start_session(&files, reason, exec, &events)?;
 
     let mut raw = None;
     let mut code = None;
@@ -113,6 +111,25 @@ pub fn run(reason: &str, exec: Exec) -> Result<ExitCode> {
             return Ok(exit_code(code));
         }
     }
+}
+
+/// Starts the session, and the outer Linux where need be: again where it ended just then, which it does
+/// when it has not been used for a while.
+fn start_session(
+    files: &Files,
+    reason: &str,
+    exec: Exec,
+    events: &Sender<Event>,
+) -> Result<Session> {
+    let link = Link::Socket(files.socket());
+    ensure_started(files, Some(reason))?;
+    Session::start(&link, exec.clone(), events)
+        .or_else(|error| {
+            tracing::debug!("the outer Linux has gone: {error}");
+            ensure_started(files, Some(reason)).map_err(std::io::Error::other)?;
+            Session::start(&link, exec, events)
+        })
+        .context("the outer Linux cannot be reached")
 }
 
 fn exit_code(code: i32) -> ExitCode {

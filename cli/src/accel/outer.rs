@@ -18,7 +18,12 @@ const PROGRAM_FILE: &str = "/mvm/bin/mvm";
 pub const PROGRAM: &str = "/dev/mvm/mvm";
 
 /// Modules of the outer Linux: how the host's files and its agent are reached.
-const REQUIRED: &[&str] = &["virtio_pci", "vmw_vsock_virtio_transport", "9pnet_virtio", "9p"];
+const REQUIRED: &[&str] = &[
+    "virtio_pci",
+    "vmw_vsock_virtio_transport",
+    "9pnet_virtio",
+    "9p",
+];
 
 /// More of them, as far as the kernel has them: KVM for the emulated CPU, and what machines use.
 const OPTIONAL: &[&str] = &["kvm_amd", "ccp", "tun", "bridge", "veth"];
@@ -51,8 +56,9 @@ pub struct Outer {
 /// Puts the outer Linux together.
 pub fn compose() -> Result<Outer> {
     let kernels = Cache::open()?;
-    let kernel = kernel::find(&kernels, None, Role::Outer)?
-        .context("there is no kernel for the outer Linux: fetch one with `mvm kernel fetch generic`")?;
+    let kernel = kernel::find(&kernels, None, Role::Outer)?.context(
+        "there is no kernel for the outer Linux: fetch one with `mvm kernel fetch generic`",
+    )?;
     let program = env::current_exe().context("mvm cannot find its own file")?;
     let program =
         fs::read(&program).with_context(|| format!("cannot read {}", program.display()))?;

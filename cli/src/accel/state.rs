@@ -43,7 +43,14 @@ impl Files {
             .with_context(|| format!("cannot look at {}", program.display()))?;
         let root = fs::metadata("/").context("cannot look at /")?;
         let mut key = DefaultHasher::new();
-        (file.dev(), file.ino(), file.size(), file.mtime(), file.mtime_nsec()).hash(&mut key);
+        (
+            file.dev(),
+            file.ino(),
+            file.size(),
+            file.mtime(),
+            file.mtime_nsec(),
+        )
+            .hash(&mut key);
         (root.dev(), root.ino()).hash(&mut key);
         fs::read_link("/proc/self/ns/mnt")
             .context("cannot read /proc/self/ns/mnt; mvm needs /proc")?
@@ -69,12 +76,18 @@ impl Files {
         self.base.with_extension("log")
     }
 
-    /// The supervisor's lock: held as long as it lives. None where another process holds it.
-    pub fn lock_supervisor(&self) -> Result<Option<File>> {
+    /// The supervisor's lock, which it holds as long as it lives; waits while one that is on its way out does.
+    pub fn lock_supervisor(&self) -> Result<File> {
         let lock = open_lock(&self.base.with_extension("lock"))?;
-        Ok(flock(&lock, FlockOperation::NonBlockingLockExclusive)
-            .is_ok()
-            .then_some(lock))
+        flock(&lock, FlockOperation::LockExclusive)
+            .context("the supervisor's lock cannot be taken")?;
+        Ok(lock)
+    }
+
+    /// Whether a supervisor lives.
+    pub fn is_supervised(&self) -> Result<bool> {
+        let lock = open_lock(&self.base.with_extension("lock"))?;
+        Ok(flock(&lock, FlockOperation::NonBlockingLockShared).is_err())
     }
 
     /// Waits until no other process is starting an outer Linux.
@@ -95,7 +108,7 @@ impl Files {
 
     /// What runs, where something does.
     pub fn description(&self) -> Result<Option<Description>> {
-        if self.lock_supervisor()?.is_some() {
+        if !self.is_supervised()? {
             return Ok(None);
         }
         match fs::read(self.base.with_extension("json")) {

@@ -22,10 +22,10 @@ use devices::virtio::vsock::{VsockConfig, VsockHandle};
 use rustix::fs::MemfdFlags;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
+use super::TRAMPOLINE;
 use super::outer::{self, Outer};
 use super::qemu::Emulation;
 use super::state::{Description, Files};
-use super::TRAMPOLINE;
 use crate::console::{Console, Tail};
 
 /// How long the outer Linux stays when nobody uses it.
@@ -53,9 +53,7 @@ pub fn run() -> Result<ExitCode> {
     // Not a part of the caller's terminal session: its Ctrl-C and hang-up are not for us.
     let _ = rustix::process::setsid();
     let files = Files::of_this_program()?;
-    let Some(_lock) = files.lock_supervisor()? else {
-        bail!("another outer Linux is starting");
-    };
+    let _lock = files.lock_supervisor()?;
     files.clean();
     let result = supervise(&files);
     files.clean();
@@ -114,12 +112,7 @@ fn supervise(files: &Files) -> Result<()> {
 }
 
 /// Starts QEMU, with its console and its complaints going to `tail` and the log.
-fn start_qemu(
-    files: &Files,
-    outer: &Outer,
-    tail: &Tail,
-    events: Sender<Event>,
-) -> Result<Child> {
+fn start_qemu(files: &Files, outer: &Outer, tail: &Tail, events: Sender<Event>) -> Result<Child> {
     let initramfs = memory_file(&outer.initramfs)?;
     let emulation = Emulation {
         kernel: &outer.kernel,
@@ -160,7 +153,8 @@ fn memory_file(content: &[u8]) -> Result<File> {
     let fd = rustix::fs::memfd_create("mvm-outer-initramfs", MemfdFlags::CLOEXEC)
         .context("no memory for the initramfs")?;
     let mut file = File::from(fd);
-    file.write_all(content).context("no memory for the initramfs")?;
+    file.write_all(content)
+        .context("no memory for the initramfs")?;
     Ok(file)
 }
 
@@ -174,7 +168,9 @@ fn await_hello(inbox: &Receiver<Event>, tail: &Tail) -> Result<String> {
     };
     match inbox.recv_timeout(BOOT) {
         Ok(Event::Hello(Hello::Ready { kernel_release, .. })) => Ok(kernel_release),
-        Ok(Event::Hello(Hello::Failed(reason))) => bail!("the outer Linux cannot be used: {reason}"),
+        Ok(Event::Hello(Hello::Failed(reason))) => {
+            bail!("the outer Linux cannot be used: {reason}")
+        }
         Ok(Event::QemuEnded) => Err(with_tail(
             "QEMU ended before the outer Linux was up; its complaints are in the log that `mvm accel status` names",
         )),
@@ -212,9 +208,9 @@ fn while_used(inbox: &Receiver<Event>, vsock: &VsockHandle) {
 }
 
 fn power_off(vsock: &VsockHandle, inbox: &Receiver<Event>) {
-    let asked = vsock
-        .connect(AGENT_PORT)
-        .and_then(|stream| protocol::send(&stream, &Open::PowerOff { grace_ms: 5000 }).map(|()| stream));
+    let asked = vsock.connect(AGENT_PORT).and_then(|stream| {
+        protocol::send(&stream, &Open::PowerOff { grace_ms: 5000 }).map(|()| stream)
+    });
     let Ok(_stream) = asked else { return };
     let deadline = Instant::now() + POWER_OFF;
     while let Some(left) = deadline.checked_duration_since(Instant::now()) {

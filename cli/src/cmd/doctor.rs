@@ -59,7 +59,9 @@ pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
             }
         }
     }
-    let runs = findings[..2].iter().any(|finding| finding.status != "missing");
+    let runs = findings[..2]
+        .iter()
+        .any(|finding| finding.status != "missing");
     Ok(if runs {
         ExitCode::SUCCESS
     } else {

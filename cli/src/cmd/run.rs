@@ -2,14 +2,12 @@
 
 use std::ffi::OsString;
 use std::process::ExitCode;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use agent::protocol::{
-    self, AGENT_PORT, FromSession, HELLO_PORT, Hello, Open, Refusal,
-};
+use agent::protocol::{self, AGENT_PORT, FromSession, HELLO_PORT, Hello, Open, Refusal};
 use anyhow::{Context, Result, anyhow, bail};
 use kernels::cache::Cache;
 use kernels::select::Role;
@@ -93,7 +91,9 @@ fn local(args: &RunArgs, cache: &Cache, mut timing: Timing) -> Result<ExitCode> 
     if args.timing {
         eprint!("{}", running.timing);
     }
-    Ok(ExitCode::from(u8::try_from(code? & 0xff).unwrap_or(u8::MAX)))
+    Ok(ExitCode::from(
+        u8::try_from(code? & 0xff).unwrap_or(u8::MAX),
+    ))
 }
 
 /// Who watches the serial console: standard output where it is the interface, standard error beside a command.
@@ -210,7 +210,10 @@ impl Running<'_> {
         if let Some(code) = self.await_agent()? {
             return Ok(code);
         }
-        let vsock = self.machine.vsock().context("the machine has no vsock device")?;
+        let vsock = self
+            .machine
+            .vsock()
+            .context("the machine has no vsock device")?;
         let link = Link::Machine(vsock.clone());
         let session = Session::start(&link, resolve::exec(self.args), &self.events)
             .context("the guest's agent cannot be reached")?;
@@ -264,7 +267,11 @@ impl Running<'_> {
             match self.next() {
                 None if progress.timed_out || self.signalled.is_some() => {
                     // It was asked to end and did not.
-                    return Ok(if progress.timed_out { TIMED_OUT } else { 128 + SIGKILL });
+                    return Ok(if progress.timed_out {
+                        TIMED_OUT
+                    } else {
+                        128 + SIGKILL
+                    });
                 }
                 None => {
                     progress.timed_out = true;
