@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes of console output that are kept.
-const KEPT: usize = 8 << 10;
+const KEPT: usize = 16 << 10;
 
 /// The last part of what a guest printed, shared between the serial port and the main thread.
 #[derive(Debug, Clone, Default)]
@@ -23,6 +23,15 @@ impl Tail {
             .filter(|line: &String| !line.trim().is_empty())
             .collect();
         lines[lines.len().saturating_sub(count)..].to_vec()
+    }
+
+    /// What the guest's kernel said when it panicked, where it did.
+    pub fn panic(&self) -> Option<String> {
+        let lines = self.last_lines(usize::MAX);
+        let (_, reason) = lines
+            .iter()
+            .find_map(|line| line.split_once("Kernel panic - not syncing: "))?;
+        Some(reason.to_owned())
     }
 
     fn push(&self, data: &[u8]) {
@@ -77,6 +86,18 @@ mod tests {
         console.write_all(b"\x1b[2Jhalf").unwrap();
         assert_eq!(tail.last_lines(2), ["line 9999", "[2Jhalf"]);
         assert!(tail.0.lock().unwrap().len() <= KEPT);
+    }
+
+    #[test]
+    fn a_panic_is_found_above_its_traces() {
+        let tail = Tail::default();
+        let mut console = Console::new(tail.clone(), None);
+        console.write_all(b"[    1.0] fine\n").unwrap();
+        assert_eq!(tail.panic(), None);
+        console
+            .write_all(b"[    2.0] Kernel panic - not syncing: out of luck\r\n[    2.0] CPU: 0\r\n")
+            .unwrap();
+        assert_eq!(tail.panic().as_deref(), Some("out of luck"));
     }
 
     #[test]

@@ -363,7 +363,10 @@ impl Running<'_> {
     fn ended_early(&self, outcome: Outcome) -> anyhow::Error {
         match outcome {
             Outcome::PowerOff => self.failure("the guest powered off before the command ended"),
-            Outcome::Reset => self.failure("the guest rebooted or panicked"),
+            Outcome::Reset => match self.tail.panic() {
+                Some(reason) => self.failure(&format!("the guest's kernel panicked: {reason}")),
+                None => self.failure("the guest rebooted before the command ended"),
+            },
             Outcome::Stopped => self.failure("the machine was stopped"),
             Outcome::Failed(error) => self.failure(&chain(&error)),
         }
