@@ -25,7 +25,7 @@ use crate::virtio::ring::Ring;
 use crate::virtio::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_config_bytes};
 use crate::worker::Worker;
 
-pub use tap::{Tap, TapError};
+pub use tap::{HEADER_LEN, Tap, TapError};
 
 use control::ControlWorker;
 use pair::{PairWorker, Sender};
@@ -38,7 +38,7 @@ const CONTROL_QUEUE_SIZE: u16 = 64;
 pub const MAX_QUEUE_PAIRS: u16 = 256;
 
 /// The longest frame that segmentation offload makes, with the header (Virtio 1.2, section 5.1.6.3.1).
-const MAX_FRAME: usize = 65_562;
+pub const MAX_FRAME: usize = 65_562;
 
 /// What a network device is made of.
 #[derive(Debug)]

@@ -12,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::rx::{Pause, Receiver};
 use super::tap::{HEADER_LEN, Tap};
-use super::{MAX_FRAME, NetCounters, would_block};
+use super::{MAX_FRAME, NetCounters};
 use crate::virtio::queue::{ChainBuffers, Iovecs};
 use crate::virtio::ring::Ring;
 
@@ -29,7 +29,7 @@ const ATTACHED: u32 = 3;
 pub(super) struct PairWorker {
     index: usize,
     tap: Arc<Tap>,
-    tap_watched: bool,
+    tap_watched: EventSet,
     receiver: Receiver,
     sender: Sender,
     /// Written when the host may send on this queue again.
@@ -47,7 +47,7 @@ impl PairWorker {
         Self {
             index,
             tap,
-            tap_watched: false,
+            tap_watched: EventSet::empty(),
             receiver,
             sender,
             attached,
@@ -64,20 +64,35 @@ impl PairWorker {
             Pause::NoFrame | Pause::Batch => true,
             Pause::NoBuffer | Pause::Detached => false,
         };
-        self.watch_tap(tap, watch, ops);
+        self.watch_tap(tap, EventSet::IN, watch, ops);
     }
 
-    fn watch_tap(&mut self, tap: &File, watch: bool, ops: &mut EventOps) {
-        if watch == self.tap_watched {
+    /// Sends, and watches the TAP exactly while a frame waits for room in it.
+    fn send(&mut self, ops: &mut EventOps) {
+        let tap = self.tap.clone();
+        let Some(tap) = tap.queue(self.index) else {
+            return;
+        };
+        let full = self.sender.send(tap);
+        self.watch_tap(tap, EventSet::OUT, full, ops);
+    }
+
+    fn watch_tap(&mut self, tap: &File, what: EventSet, watch: bool, ops: &mut EventOps) {
+        let mut wanted = self.tap_watched;
+        wanted.set(what, watch);
+        if wanted == self.tap_watched {
             return;
         }
-        let events = Events::with_data(tap, TAP, EventSet::IN);
-        let done = match watch {
-            true => ops.add(events),
-            false => ops.remove(events),
+        let events = Events::with_data(tap, TAP, wanted);
+        let done = if self.tap_watched.is_empty() {
+            ops.add(events)
+        } else if wanted.is_empty() {
+            ops.remove(events)
+        } else {
+            ops.modify(events)
         };
         match done {
-            Ok(()) => self.tap_watched = watch,
+            Ok(()) => self.tap_watched = wanted,
             Err(error) => tracing::error!("a network queue cannot watch its interface: {error}"),
         }
     }
@@ -90,17 +105,21 @@ impl MutEventSubscriber for PairWorker {
                 self.receiver.ring().take_kick();
                 self.receive(ops);
             }
-            TX_KICK => {
-                if let Some(tap) = self.tap.queue(self.index) {
-                    self.sender.send(tap);
-                }
-            }
+            TX_KICK => self.send(ops),
             ATTACHED => {
                 // Fails only when nothing is there to be read.
                 let _ = self.attached.read();
                 self.receive(ops);
             }
-            _ => self.receive(ops),
+            _ => {
+                if self.tap_watched.contains(EventSet::OUT) {
+                    self.send(ops);
+                }
+                // Also where the TAP is in error, which is told without being asked for.
+                if self.tap_watched.contains(EventSet::IN) {
+                    self.receive(ops);
+                }
+            }
         }
     }
 
@@ -125,7 +144,19 @@ pub(super) struct Sender {
     ring: Ring,
     memory: GuestMemoryMmap,
     buffers: ChainBuffers,
+    /// The chain whose frame is in `buffers` and waits for room in the TAP.
+    waiting: Option<u16>,
     counters: Arc<NetCounters>,
+}
+
+/// What became of a frame.
+enum Sent {
+    /// The host has it: its bytes without the header.
+    Bytes(u64),
+    /// The host has no room for it now.
+    Full,
+    /// The host will never take it.
+    Dropped,
 }
 
 impl Sender {
@@ -134,47 +165,65 @@ impl Sender {
             ring,
             buffers: ChainBuffers::new(memory.clone()),
             memory,
+            waiting: None,
             counters,
         }
     }
 
-    /// Moves frames from the guest to `tap`, up to [`BATCH`].
-    ///
+    /// Moves frames from the guest to `tap`, up to [`BATCH`]; true where the next one waits for
+    /// room in it.
+    fn send(&mut self, tap: &File) -> bool {
+        self.ring.take_kick();
+        let full = self.send_batch(tap);
+        self.ring.signal(&self.memory);
+        full
+    }
+
     /// What the host does not take is dropped, as a cable would: a TAP refuses only malformed
     /// headers, and everything while the interface is down.
-    fn send(&mut self, tap: &File) {
-        self.ring.take_kick();
-        let mut left = BATCH;
-        while let Some(chain) = self.ring.pop(&self.memory) {
-            let head = chain.head_index();
-            let sent = match self.buffers.load(chain) {
-                Ok(()) => write_frame(tap, self.buffers.readable()),
-                Err(_) => None,
+    fn send_batch(&mut self, tap: &File) -> bool {
+        for _ in 0..BATCH {
+            let Some((head, sent)) = self.send_next(tap) else {
+                return false;
             };
             match sent {
-                Some(bytes) => {
+                Sent::Bytes(bytes) => {
                     self.counters.tx_frames.fetch_add(1, Ordering::Relaxed);
                     self.counters.tx_bytes.fetch_add(bytes, Ordering::Relaxed);
                 }
-                None => {
+                Sent::Full => {
+                    self.waiting = Some(head);
+                    return true;
+                }
+                Sent::Dropped => {
                     self.counters.tx_dropped.fetch_add(1, Ordering::Relaxed);
                 }
             }
             self.ring.add_used(&self.memory, head, 0);
-            left -= 1;
-            if left == 0 {
-                self.ring.rekick();
-                break;
-            }
         }
-        self.ring.signal(&self.memory);
+        self.ring.rekick();
+        false
+    }
+
+    /// Sends the frame that waits, or the ring's next; None where there is neither.
+    fn send_next(&mut self, tap: &File) -> Option<(u16, Sent)> {
+        if let Some(head) = self.waiting.take() {
+            return Some((head, write_frame(tap, self.buffers.readable())));
+        }
+        let chain = self.ring.pop(&self.memory)?;
+        let head = chain.head_index();
+        let sent = match self.buffers.load(chain) {
+            Ok(()) => write_frame(tap, self.buffers.readable()),
+            Err(_) => Sent::Dropped,
+        };
+        Some((head, sent))
     }
 }
 
-/// Writes one frame with its header; gives its bytes without, or None where it was not taken.
-fn write_frame(tap: &File, frame: &Iovecs) -> Option<u64> {
+/// Writes one frame with its header.
+fn write_frame(tap: &File, frame: &Iovecs) -> Sent {
     if !(HEADER_LEN + 1..=MAX_FRAME).contains(&frame.len()) {
-        return None;
+        return Sent::Dropped;
     }
     let pieces = frame.as_slice();
     loop {
@@ -188,14 +237,16 @@ fn write_frame(tap: &File, frame: &Iovecs) -> Option<u64> {
             )
         };
         if written >= 0 {
-            return Some((frame.len() - HEADER_LEN) as u64);
+            return Sent::Bytes((frame.len() - HEADER_LEN) as u64);
         }
         let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            if !would_block(&error) {
+        match error.kind() {
+            io::ErrorKind::Interrupted => {}
+            io::ErrorKind::WouldBlock => return Sent::Full,
+            _ => {
                 tracing::trace!("the host did not take a frame: {error}");
+                return Sent::Dropped;
             }
-            return None;
         }
     }
 }

@@ -11,7 +11,7 @@ use thiserror::Error;
 
 const DEVICE: &str = "/dev/net/tun";
 /// The length of the header before each frame: struct virtio_net_hdr_v1.
-pub(super) const HEADER_LEN: usize = 12;
+pub const HEADER_LEN: usize = 12;
 
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
@@ -87,13 +87,25 @@ pub enum TapError {
 
 /// An open TAP interface: one descriptor per queue, non-blocking, each frame after a virtio-net
 /// header of 12 bytes.
+///
+/// Sockets that keep the bounds of frames can stand in for it where the interface is elsewhere.
 #[derive(Debug)]
 pub struct Tap {
     name: String,
     queues: Vec<File>,
-    /// A test's socket in place of a TAP, which knows no ioctl.
-    #[cfg(test)]
-    fake: bool,
+    kind: Kind,
+}
+
+/// What the descriptors are.
+#[derive(Debug)]
+enum Kind {
+    /// Queues of the TUN driver.
+    Interface,
+    /// Sockets, which know none of its ioctls.
+    Sockets {
+        /// That of the interface for which they stand.
+        mtu: Option<u16>,
+    },
 }
 
 impl Tap {
@@ -113,14 +125,26 @@ impl Tap {
         let mut tap = Self {
             name: name.to_owned(),
             queues: Vec::new(),
-            #[cfg(test)]
-            fake: false,
+            kind: Kind::Interface,
         };
         for _ in 0..queues.max(1) {
             let queue = tap.open_queue(several)?;
             tap.queues.push(queue);
         }
         Ok(tap)
+    }
+
+    /// A stand-in whose frames pass through `queues`: non-blocking sockets of a type that keeps the
+    /// bounds of messages, each message a virtio-net header of 12 bytes and a frame.
+    ///
+    /// What is received from them must be finished frames, as offloads cannot be switched. `mtu` is
+    /// what the guest is told, in bytes.
+    pub fn from_sockets(queues: Vec<OwnedFd>, mtu: Option<u16>) -> Self {
+        Self {
+            name: "socket".to_owned(),
+            queues: queues.into_iter().map(File::from).collect(),
+            kind: Kind::Sockets { mtu },
+        }
     }
 
     fn open_queue(&self, several: bool) -> Result<File, TapError> {
@@ -178,15 +202,20 @@ impl Tap {
         self.queues.len()
     }
 
+    /// The queues alone, for a reader that is no device. They keep the interface open.
+    pub fn into_queues(self) -> Vec<OwnedFd> {
+        self.queues.into_iter().map(OwnedFd::from).collect()
+    }
+
     /// Queue `index`; None past the last.
     pub(super) fn queue(&self, index: usize) -> Option<&File> {
         self.queues.get(index)
     }
 
-    /// Says which offloads (`TUN_F_*`) frames from the host may leave to their receiver.
-    pub(super) fn set_offload(&self, offload: u32) -> io::Result<()> {
-        #[cfg(test)]
-        if self.fake {
+    /// Says which offloads (`TUN_F_*`) frames from the host may leave to their receiver; 0 asks for
+    /// finished frames.
+    pub fn set_offload(&self, offload: u32) -> io::Result<()> {
+        if let Kind::Sockets { .. } = self.kind {
             return Ok(());
         }
         let Some(first) = self.queues.first() else {
@@ -202,8 +231,7 @@ impl Tap {
 
     /// Lets the host send on the first `count` queues only.
     pub(super) fn attach_queues(&self, count: usize) -> io::Result<()> {
-        #[cfg(test)]
-        if self.fake {
+        if let Kind::Sockets { .. } = self.kind {
             return Ok(());
         }
         // An interface of one queue has nothing to attach.
@@ -225,7 +253,10 @@ impl Tap {
     }
 
     /// The interface's MTU in bytes; None where it cannot be had.
-    pub(super) fn mtu(&self) -> Option<u16> {
+    pub fn mtu(&self) -> Option<u16> {
+        if let Kind::Sockets { mtu } = self.kind {
+            return mtu;
+        }
         // SAFETY: no memory is involved.
         let socket =
             unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
@@ -263,16 +294,6 @@ impl Tap {
             *to = from as libc::c_char;
         }
         request
-    }
-
-    /// A stand-in whose frames pass through these sockets, one per queue.
-    #[cfg(test)]
-    pub(super) fn fake(queues: Vec<File>) -> Self {
-        Self {
-            name: "fake".to_owned(),
-            queues,
-            fake: true,
-        }
     }
 }
 

@@ -24,11 +24,11 @@ fn fake(pairs: u16) -> (Net, Vec<UnixDatagram>) {
             let (device, host) = UnixDatagram::pair().unwrap();
             device.set_nonblocking(true).unwrap();
             host.set_read_timeout(Some(PATIENCE)).unwrap();
-            (File::from(OwnedFd::from(device)), host)
+            (OwnedFd::from(device), host)
         })
         .unzip();
     let config = NetConfig {
-        tap: Tap::fake(devices),
+        tap: Tap::from_sockets(devices, None),
         mac: Some(MAC),
         queue_pairs: pairs,
     };
@@ -91,7 +91,7 @@ fn the_configuration_space_shows_mac_link_and_pairs() {
 fn impossible_devices_are_refused() {
     let made = |mac, queue_pairs| {
         let (_, host) = UnixDatagram::pair().unwrap();
-        let tap = Tap::fake(vec![File::from(OwnedFd::from(host))]);
+        let tap = Tap::from_sockets(vec![OwnedFd::from(host)], None);
         let config = NetConfig {
             tap,
             mac,
@@ -148,6 +148,52 @@ fn more_frames_than_a_batch_all_reach_the_host_in_order() {
             assert_eq!(number, round * 5 + i);
         }
     }
+}
+
+#[test]
+fn a_host_without_room_holds_the_guests_frames_up_and_loses_none() {
+    let (mut driver, hosts, counters) = started(1);
+    // More than any socket holds.
+    let (count, len) = (100_u64, 16_000);
+    for i in 0..count {
+        let mut sent = frame(len);
+        sent[12] = i as u8;
+        let addr = HIGH_REGION + 0x1000 + i * 16;
+        driver.write(addr, &sent[..13]);
+        let body = HIGH_REGION + 0x10000;
+        let pieces = [
+            Buffer::readable(addr, 13),
+            Buffer::readable(body, len as u32 - 1),
+        ];
+        driver.submit(TX, &pieces);
+    }
+    driver.kick(TX);
+    let mut received = vec![0; 2 * len];
+    for i in 0..count {
+        let got = hosts[0].recv(&mut received).unwrap();
+        assert_eq!((got, received[12]), (12 + len, i as u8), "frame {i}");
+    }
+    for _ in 0..count {
+        driver.wait_used(TX);
+    }
+    assert_eq!(counters.tx_frames.load(Ordering::Relaxed), count);
+    assert_eq!(counters.tx_dropped.load(Ordering::Relaxed), 0);
+}
+
+#[test]
+fn a_frame_that_waits_for_the_host_goes_back_when_the_host_is_gone() {
+    let (mut driver, hosts, counters) = started(1);
+    for _ in 0..100 {
+        let body = Buffer::readable(HIGH_REGION, 16_000);
+        driver.submit(TX, &[body]);
+    }
+    driver.kick(TX);
+    driver.wait_used(TX);
+    drop(hosts);
+    for _ in 1..100 {
+        driver.wait_used(TX);
+    }
+    assert_ne!(counters.tx_dropped.load(Ordering::Relaxed), 0);
 }
 
 #[test]
