@@ -31,7 +31,7 @@ const SOURCE_PREFIX: &str = "linux-source-";
 /// Bytes that the unpacked source and the objects take.
 const SPACE: u64 = 2 << 30;
 /// Commands that `make` announces for this configuration, which only the progress bar needs.
-const COMMANDS: u64 = 2_500;
+const COMMANDS: u64 = 2593;
 /// Lines of the compiler's output that an error shows.
 const SHOWN_LINES: usize = 12;
 const LOG: &str = "build.log";
