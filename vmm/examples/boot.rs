@@ -9,7 +9,7 @@ use std::io::{self, Read, Write};
 use std::time::{Duration, Instant};
 
 use vmm::boot::cmdline;
-use vmm::{DiskConfig, Initrd, Machine, MachineConfig, NetConfig, VsockConfig};
+use vmm::{DiskConfig, Initrd, Machine, MachineConfig, NetConfig, TapSource, VsockConfig};
 
 #[derive(Default)]
 struct Extra {
@@ -75,7 +75,7 @@ fn options(config: &mut MachineConfig, rest: &[String]) -> Extra {
             }),
             ("net", tap) => {
                 config.net = Some(NetConfig {
-                    tap: tap.to_owned(),
+                    tap: TapSource::Interface(tap.to_owned()),
                     mac: [2, 0, 0, 0, 0, 1],
                     queue_pairs: 1,
                 });

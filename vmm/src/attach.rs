@@ -23,7 +23,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::arch::acpi::VirtioNode;
 use crate::arch::{interrupts, layout};
-use crate::config::{DiskConfig, MachineConfig, NetConfig, VsockConfig};
+use crate::config::{DiskConfig, MachineConfig, NetConfig, TapSource, VsockConfig};
 use crate::exit::Buses;
 use crate::notify::{self, NotifyError};
 use crate::vm::Vm;
@@ -109,7 +109,7 @@ pub struct Devices {
     pub balloon: Option<BalloonHandle>,
 }
 
-/// Makes the devices that `config` asks for; takes the console out of it.
+/// Makes the devices that `config` asks for; takes the console and the network card out of it.
 pub fn devices(
     config: &mut MachineConfig,
     vm: &Vm,
@@ -120,7 +120,7 @@ pub fn devices(
     for disk in &config.disks {
         board.add_disk(disk, config.cpus)?;
     }
-    if let Some(net) = &config.net {
+    if let Some(net) = config.net.take() {
         board.add_net(net)?;
     }
     let (vsock, vsock_uds) = match &config.vsock {
@@ -205,9 +205,12 @@ impl<'a> Board<'a> {
         self.add_virtio("disk", Box::new(block))
     }
 
-    fn add_net(&mut self, config: &NetConfig) -> Result<(), AttachError> {
+    fn add_net(&mut self, config: NetConfig) -> Result<(), AttachError> {
         let net = Net::new(net::NetConfig {
-            tap: Tap::open(&config.tap, config.queue_pairs)?,
+            tap: match config.tap {
+                TapSource::Interface(name) => Tap::open(&name, config.queue_pairs)?,
+                TapSource::Socket { socket, mtu } => Tap::from_sockets(vec![socket], mtu),
+            },
             mac: Some(config.mac),
             queue_pairs: config.queue_pairs,
         })?;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use thiserror::Error;
@@ -109,14 +110,29 @@ pub struct DiskConfig {
 }
 
 /// A network card on a TAP interface.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct NetConfig {
-    /// The name of the host's TAP interface.
-    pub tap: String,
+    /// The TAP interface.
+    pub tap: TapSource,
     /// The guest's MAC address.
     pub mac: [u8; 6],
     /// Pairs of receive and transmit queues, at least 1.
     pub queue_pairs: u16,
+}
+
+/// Where a network card's TAP interface is.
+#[derive(Debug)]
+pub enum TapSource {
+    /// On this host, by its name.
+    Interface(String),
+    /// Elsewhere, behind a socket that carries its frames one message each; it serves one pair of
+    /// queues. See [`devices::virtio::net::Tap::from_sockets`].
+    Socket {
+        /// Connected and non-blocking.
+        socket: OwnedFd,
+        /// The interface's MTU in bytes, where it is known.
+        mtu: Option<u16>,
+    },
 }
 
 /// A vsock device whose host end is this process.

@@ -22,7 +22,7 @@ mod vm;
 pub use arch::ProcessorError;
 pub use arch::acpi::AcpiError;
 pub use attach::AttachError;
-pub use config::{DiskConfig, Initrd, MachineConfig, NetConfig, VsockConfig};
+pub use config::{DiskConfig, Initrd, MachineConfig, NetConfig, TapSource, VsockConfig};
 pub use control::Outcome;
 pub use exit::RunError;
 pub use launch::{LaunchError, Timings, launch, prepare};
