@@ -116,7 +116,7 @@ impl From<Vec<u8>> for Input {
 pub struct Running {
     shown: String,
     child: Child,
-    mark: String,
+    mark: Mark,
     stdout: Capture,
     stderr: Capture,
     readers: Vec<JoinHandle<()>>,
@@ -135,10 +135,9 @@ impl Running {
     /// As [`Running::start`], with standard output going to `stdout`.
     pub fn start_to(mut command: Command, input: Input, stdout: Option<File>) -> Self {
         let temporary = tempfile::tempdir().expect("a temporary directory can be made");
-        let mark = fresh_mark();
-        command
-            .env(MARK_VARIABLE, &mark)
-            .env("TMPDIR", temporary.path());
+        let mark = Mark::fresh();
+        mark.put_on(&mut command);
+        command.env("TMPDIR", temporary.path());
         command.stderr(Stdio::piped());
         command.stdout(stdout.map_or_else(Stdio::piped, Stdio::from));
         let (stdin, bytes) = match input {
@@ -179,6 +178,11 @@ impl Running {
     /// The process id.
     pub fn pid(&self) -> Pid {
         Pid::from_child(&self.child)
+    }
+
+    /// What its processes can be told by.
+    pub fn mark(&self) -> &Mark {
+        &self.mark
     }
 
     /// Sends it a signal.
@@ -262,7 +266,7 @@ pub struct Output {
     pub stdout: Vec<u8>,
     /// All of its standard error.
     pub stderr: Vec<u8>,
-    mark: String,
+    mark: Mark,
     temporary: Vec<String>,
 }
 
@@ -277,10 +281,16 @@ impl Output {
         String::from_utf8_lossy(&self.stderr).into_owned()
     }
 
+    /// The exit code, or 128+N after signal N, as a shell has it.
+    pub fn code(&self) -> i32 {
+        let signal = self.status.signal().unwrap_or(0);
+        self.status.code().unwrap_or(128 + signal)
+    }
+
     /// The exit code must be this.
     #[track_caller]
     pub fn expect_code(&self, code: i32) -> &Self {
-        assert_eq!(self.status.code(), Some(code), "the exit code of {self}");
+        assert_eq!(self.code(), code, "the exit code of {self}");
         self
     }
 
@@ -326,7 +336,7 @@ impl Output {
     /// No process of it may remain, here or beside the machines, and no temporary file.
     #[track_caller]
     pub fn expect_nothing_left(&self) -> &Self {
-        let left = wait_until_gone(&self.mark);
+        let left = self.mark.left_over();
         assert!(left.is_empty(), "processes {left:?} are left of {self}");
         assert!(
             self.temporary.is_empty(),
@@ -369,24 +379,51 @@ fn show(command: &str, status: Option<ExitStatus>, stdout: &[u8], stderr: &[u8])
     )
 }
 
-fn fresh_mark() -> String {
-    static COUNT: AtomicU64 = AtomicU64::new(0);
-    let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    format!("{}-{count}", std::process::id())
-}
+/// What tells the processes of one command from all others: a variable in their environment.
+#[derive(Debug, Clone)]
+pub struct Mark(String);
 
-/// Waits until no process with `mark` in its environment runs; what does after all.
-fn wait_until_gone(mark: &str) -> Vec<String> {
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        let mut left = marked_here(mark);
-        if host::is_emulated() {
-            left.extend(marked_beside_machines(mark));
+impl Mark {
+    /// A mark that no other process has.
+    pub fn fresh() -> Self {
+        static COUNT: AtomicU64 = AtomicU64::new(0);
+        let count = COUNT.fetch_add(1, Ordering::Relaxed);
+        Self(format!("{}-{count}", std::process::id()))
+    }
+
+    /// Marks what `command` will start.
+    pub fn put_on(&self, command: &mut Command) {
+        command.env(MARK_VARIABLE, &self.0);
+    }
+
+    /// The processes with this mark that still run, here or beside the machines; waits for their end.
+    pub fn left_over(&self) -> Vec<String> {
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            let mut left = marked_here(&self.0);
+            if host::is_emulated() {
+                left.extend(self.beside_machines());
+            }
+            if left.is_empty() || Instant::now() > deadline {
+                return left;
+            }
+            thread::sleep(POLL);
         }
-        if left.is_empty() || Instant::now() > deadline {
-            return left;
-        }
-        thread::sleep(POLL);
+    }
+
+    /// The processes with this mark in the outer Linux: their ids and command lines.
+    pub fn beside_machines(&self) -> Vec<String> {
+        let script = format!(
+            "for environ in /proc/[0-9]*/environ; do \
+               if tr '\\0' '\\n' <$environ 2>/dev/null | grep -qx {MARK_VARIABLE}={}; then \
+                 process=${{environ%/environ}}; \
+                 echo \"${{process#/proc/}} $(tr '\\0' ' ' <$process/cmdline)\"; \
+               fi; done",
+            self.0
+        );
+        let output = host::run_beside_machines(&script);
+        output.expect_code(0);
+        output.text().lines().map(str::to_owned).collect()
     }
 }
 
@@ -410,18 +447,6 @@ fn marked_here(mark: &str) -> Vec<String> {
         // The outer Linux belongs to all; it came from whichever command was first.
         .filter(|process| !process.contains("accel supervise") && !process.contains("qemu"))
         .collect()
-}
-
-fn marked_beside_machines(mark: &str) -> Vec<String> {
-    let script = format!(
-        "for environ in /proc/[0-9]*/environ; do \
-           if tr '\\0' '\\n' <$environ 2>/dev/null | grep -qx {MARK_VARIABLE}={mark}; then \
-             echo \"outer ${{environ%/environ}} $(tr '\\0' ' ' <${{environ%/environ}}/cmdline)\"; \
-           fi; done"
-    );
-    let output = host::run_beside_machines(&script);
-    output.expect_code(0);
-    output.text().lines().map(str::to_owned).collect()
 }
 
 fn files_in(dir: &std::path::Path) -> Vec<String> {

@@ -17,7 +17,7 @@ use rustix::termios::{self, Winsize};
 
 use crate::guest::Guest;
 use crate::host::{self, LIMIT};
-use crate::process::{Capture, POLL};
+use crate::process::{Capture, Mark, POLL};
 
 /// A session on a terminal of its own.
 #[derive(Debug)]
@@ -32,6 +32,7 @@ pub struct Terminal {
     reader: Option<JoinHandle<()>>,
     hung_up: Arc<AtomicBool>,
     mode_before: String,
+    mark: Mark,
 }
 
 impl Terminal {
@@ -58,6 +59,8 @@ impl Terminal {
             .stdin(copy())
             .stdout(copy())
             .stderr(copy());
+        let mark = Mark::fresh();
+        mark.put_on(&mut process);
         let child = process.spawn().expect("setsid can be run");
 
         let master = Arc::new(File::from(master));
@@ -73,6 +76,7 @@ impl Terminal {
             reader: Some(reader),
             hung_up,
             mode_before,
+            mark,
         }
     }
 
@@ -131,6 +135,13 @@ impl Terminal {
             }
             thread::sleep(POLL);
         }
+    }
+
+    /// No process of it may remain.
+    #[track_caller]
+    pub fn expect_nothing_left(&self) {
+        let left = self.mark.left_over();
+        assert!(left.is_empty(), "processes {left:?} are left");
     }
 
     /// The terminal must be in the mode in which mvm found it.
