@@ -15,7 +15,7 @@ use vmm::boot::cmdline;
 use vmm::{DiskConfig, Initrd, MachineConfig, NetConfig, VsockConfig};
 
 use crate::args::{Net, RunArgs};
-use crate::{guest, session, terminal};
+use crate::{accel, guest, session, terminal};
 
 /// The serial number of the disk with the root filesystem.
 const ROOT_SERIAL: &str = "mvm-root";
@@ -60,7 +60,7 @@ pub fn machine(args: &RunArgs, kernel: &Kernel) -> Result<MachineConfig> {
     let net = match &args.net {
         Net::None => None,
         Net::Tap(tap) => Some(NetConfig {
-            tap: tap.clone(),
+            tap: accel::tap::source(tap)?,
             mac: mac_address()?,
             queue_pairs: 1,
         }),
@@ -81,7 +81,7 @@ pub fn machine(args: &RunArgs, kernel: &Kernel) -> Result<MachineConfig> {
             cmdline::SERIAL_CONSOLE,
             loglevel,
             // An emulator does not speculate.
-            if crate::accel::is_outer() {
+            if accel::is_outer() {
                 "mitigations=off"
             } else {
                 ""

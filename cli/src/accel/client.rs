@@ -14,7 +14,8 @@ use anyhow::{Context, Result, bail};
 use signal_hook::consts::SIGWINCH;
 
 use super::state::Files;
-use super::{OUTER_VARIABLE, outer, supervisor};
+use super::tap::HostTap;
+use super::{OUTER_VARIABLE, outer, supervisor, tap};
 use crate::cmd::run::refusal_code;
 use crate::event::{self, Event};
 use crate::link::Link;
@@ -58,11 +59,16 @@ pub fn exec(argv: &[OsString], terminal: Option<WindowSize>) -> Exec {
     }
 }
 
-/// Runs `exec` in the outer Linux and returns its exit code; `reason` says why it is not KVM's.
-pub fn run(reason: &str, exec: Exec) -> Result<ExitCode> {
+/// Runs `exec` in the outer Linux and returns its exit code; `reason` says why it is not KVM's. `tap` is
+/// the interface for the machine that `exec` makes.
+pub fn run(reason: &str, mut exec: Exec, tap: Option<HostTap>) -> Result<ExitCode> {
     let (events, inbox) = mpsc::channel();
     event::watch_signals(events.clone()).context("signals cannot be watched")?;
     let files = Files::of_this_program()?;
+    let tap = tap.map(|tap| tap.offer(&files.socket())).transpose()?;
+    if let Some(tap) = &tap {
+        exec.env.push((tap::VARIABLE.into(), tap.variable().into()));
+    }
     let on_terminal = exec.terminal.is_some();
     let mut session = start_session(&files, reason, exec, &events)?;
 

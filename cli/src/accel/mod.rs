@@ -10,6 +10,7 @@ pub mod outer;
 pub mod qemu;
 pub mod state;
 pub mod supervisor;
+pub mod tap;
 
 use std::ffi::OsString;
 

@@ -39,6 +39,7 @@ pub fn run(command: AccelCommand) -> Result<ExitCode> {
             client::run(
                 "a command for the outer Linux",
                 client::exec(&command, size),
+                None,
             )
         }
     }

@@ -14,8 +14,9 @@ use kernels::select::Role;
 use signal_hook::consts::{SIGKILL, SIGTERM, SIGWINCH};
 use vmm::{Initrd, Machine, Outcome};
 
+use crate::accel::tap::HostTap;
 use crate::accel::{self, Choice};
-use crate::args::RunArgs;
+use crate::args::{Net, RunArgs};
 use crate::console::{Console, Tail};
 use crate::event::{self, Event};
 use crate::link::Link;
@@ -46,9 +47,13 @@ pub fn run(args: &RunArgs, arguments: &[OsString]) -> Result<ExitCode> {
     match accel::choose(args.host.accel)? {
         Choice::Kvm => local(args, &cache, timing),
         Choice::Tcg { reason } => {
+            let tap = match &args.net {
+                Net::None => None,
+                Net::Tap(name) => Some(HostTap::open(name)?),
+            };
             prepare::outer(args.host.yes, &cache)?;
             let exec = accel::client::this_program(arguments, resolve::exec(args).terminal);
-            accel::client::run(&reason, exec)
+            accel::client::run(&reason, exec, tap)
         }
     }
 }
