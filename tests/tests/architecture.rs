@@ -387,8 +387,8 @@ fn nothing_is_left_for_later() {
 fn no_file_names_one_machine_or_a_package_server() {
     let needles = [
         concat!("/wo", "rk/"),
-        concat!(" /ro", "ot/"),
-        concat!("\"/ro", "ot/"),
+        // A home's own files; a guest's root has a home too, which tests may use.
+        concat!("/ro", "ot/."),
         concat!("deb.deb", "ian.org"),
         concat!("security.deb", "ian.org"),
         concat!("snapshot.deb", "ian.org"),
