@@ -17,7 +17,14 @@ fn main() {
     let target = env::var("TARGET").expect("cargo sets TARGET");
     let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR")).join("agent");
     let status = Command::new(env::var_os("CARGO").expect("cargo sets CARGO"))
-        .args(["build", "--quiet", "--package", "agent", "--bin", "mvm-agent"])
+        .args([
+            "build",
+            "--quiet",
+            "--package",
+            "agent",
+            "--bin",
+            "mvm-agent",
+        ])
         .args(["--profile", "agent", "--target", &target, "--target-dir"])
         .arg(&out)
         .current_dir("..")

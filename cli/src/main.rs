@@ -11,6 +11,7 @@ mod event;
 mod guest;
 mod kernel;
 mod link;
+mod lock;
 mod name;
 mod prepare;
 mod resolve;

@@ -1,16 +1,16 @@
 //! The files by which mvm processes find one outer Linux: its socket, its locks, what is known of it.
 
 use std::env;
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
 use crate::dirs;
+use crate::lock::{self, Lock};
 
 /// What the supervisor tells of its outer Linux.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -73,28 +73,22 @@ impl Files {
 
     /// What the supervisor says went wrong, and QEMU's console.
     pub fn log(&self) -> PathBuf {
-        self.base.with_extension("log")
+        self.base.with_extension(LOG)
     }
 
     /// The supervisor's lock, which it holds as long as it lives; waits while one that is on its way out does.
-    pub fn lock_supervisor(&self) -> Result<File> {
-        let lock = open_lock(&self.base.with_extension("lock"))?;
-        flock(&lock, FlockOperation::LockExclusive)
-            .context("the supervisor's lock cannot be taken")?;
-        Ok(lock)
+    pub fn lock_supervisor(&self) -> Result<Lock> {
+        Lock::wait(&self.base.with_extension(LOCK))
     }
 
     /// Whether a supervisor lives.
-    pub fn is_supervised(&self) -> Result<bool> {
-        let lock = open_lock(&self.base.with_extension("lock"))?;
-        Ok(flock(&lock, FlockOperation::NonBlockingLockShared).is_err())
+    pub fn is_supervised(&self) -> bool {
+        lock::is_held(&self.base.with_extension(LOCK))
     }
 
     /// Waits until no other process is starting an outer Linux.
-    pub fn lock_start(&self) -> Result<File> {
-        let lock = open_lock(&self.base.with_extension("start"))?;
-        flock(&lock, FlockOperation::LockExclusive).context("the start lock cannot be taken")?;
-        Ok(lock)
+    pub fn lock_start(&self) -> Result<Lock> {
+        Lock::wait(&self.base.with_extension("start"))
     }
 
     /// Tells what runs.
@@ -108,7 +102,7 @@ impl Files {
 
     /// What runs, where something does.
     pub fn description(&self) -> Result<Option<Description>> {
-        if !self.is_supervised()? {
+        if !self.is_supervised() {
             return Ok(None);
         }
         match fs::read(self.base.with_extension("json")) {
@@ -117,13 +111,47 @@ impl Files {
         }
     }
 
-    /// Removes all but the locks, which others may be waiting for.
+    /// Removes all but the log, which may have to be read, and the locks.
     pub fn clean(&self) {
         for extension in ["sock", "vhost", "json", "json.new"] {
             remove(&self.base.with_extension(extension));
         }
     }
+
+    /// Removes the log too, when all went well.
+    pub fn clean_log(&self) {
+        remove(&self.log());
+    }
+
+    /// Removes what supervisors that were killed, of whatever build, have left behind.
+    pub fn clean_abandoned(&self) -> Result<()> {
+        let dir = self
+            .base
+            .parent()
+            .context("the runtime directory has gone")?;
+        for entry in fs::read_dir(dir)?.flatten() {
+            let path = entry.path();
+            let is_mark = path
+                .extension()
+                .is_some_and(|extension| extension == LOCK || extension == LOG);
+            if !is_mark || path.with_extension("") == self.base {
+                continue;
+            }
+            if let Some(_lock) = Lock::attempt(&path.with_extension(LOCK))? {
+                let abandoned = Self {
+                    base: path.with_extension(""),
+                };
+                abandoned.clean();
+                abandoned.clean_log();
+            }
+        }
+        Ok(())
+    }
 }
+
+/// The extensions of a supervisor's lock and log: one of them outlives it when it is killed.
+const LOCK: &str = "lock";
+const LOG: &str = "log";
 
 fn remove(path: &Path) {
     match fs::remove_file(path) {
@@ -132,14 +160,4 @@ fn remove(path: &Path) {
         }
         _ => {}
     }
-}
-
-fn open_lock(path: &Path) -> Result<File> {
-    OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .mode(0o600)
-        .open(path)
-        .with_context(|| format!("cannot open the lock {}", path.display()))
 }

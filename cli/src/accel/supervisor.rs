@@ -48,6 +48,14 @@ enum Event {
     Signal,
 }
 
+/// Why the outer Linux was not needed any more.
+enum End {
+    /// Nobody used it.
+    Idle,
+    /// It ended, or was told to.
+    Ended,
+}
+
 /// Runs until the outer Linux has ended.
 pub fn run() -> Result<ExitCode> {
     // Not a part of the caller's terminal session: its Ctrl-C and hang-up are not for us.
@@ -55,19 +63,23 @@ pub fn run() -> Result<ExitCode> {
     let files = Files::of_this_program()?;
     let _lock = files.lock_supervisor()?;
     files.clean();
+    files.clean_abandoned()?;
     let result = supervise(&files);
     files.clean();
-    if let Err(error) = &result {
+    match &result {
+        Ok(End::Idle) => files.clean_log(),
+        // Whoever was using it may ask for the last words.
+        Ok(End::Ended) => {}
         // Nobody listens any more where it had been ready.
-        let _ = writeln!(std::io::stdout(), "{error:#}");
+        Err(error) => drop(writeln!(std::io::stdout(), "{error:#}")),
     }
     Ok(match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     })
 }
 
-fn supervise(files: &Files) -> Result<()> {
+fn supervise(files: &Files) -> Result<End> {
     let (events, inbox) = mpsc::channel();
     watch_signals(events.clone())?;
     let outer = outer::compose()?;
@@ -99,8 +111,7 @@ fn supervise(files: &Files) -> Result<()> {
                 .map_or(0, |since| since.as_secs()),
         })?;
         say_ready()?;
-        while_used(&inbox, &vsock);
-        Ok(())
+        Ok(while_used(&inbox, &vsock))
     });
     if result.is_ok() {
         power_off(&vsock, &inbox);
@@ -191,18 +202,20 @@ fn say_ready() -> Result<()> {
 }
 
 /// Returns when nobody has used the outer Linux for a while, or it has to end.
-fn while_used(inbox: &Receiver<Event>, vsock: &VsockHandle) {
+fn while_used(inbox: &Receiver<Event>, vsock: &VsockHandle) -> End {
     let mut used = Instant::now();
     loop {
         match inbox.recv_timeout(TICK) {
-            Ok(Event::QemuEnded | Event::Signal) | Err(RecvTimeoutError::Disconnected) => return,
+            Ok(Event::QemuEnded | Event::Signal) | Err(RecvTimeoutError::Disconnected) => {
+                return End::Ended;
+            }
             Ok(Event::Hello(_)) => {}
             Err(RecvTimeoutError::Timeout) => {}
         }
         if vsock.counters().connections.load(Ordering::Relaxed) > 0 {
             used = Instant::now();
         } else if used.elapsed() >= IDLE {
-            return;
+            return End::Idle;
         }
     }
 }
