@@ -71,6 +71,7 @@ fn local(args: &RunArgs, cache: &Cache, mut timing: Timing) -> Result<ExitCode> 
     }
     let tail = Tail::default();
     config.console = Some(Box::new(Console::new(tail.clone(), cmd_watch(args))));
+    let has_something_to_write = config.disks.iter().any(|disk| !disk.read_only);
     timing.resolved = Some(Instant::now());
     let machine = Arc::new(vmm::prepare(config)?);
     timing.launch = Some(machine.timings());
@@ -85,6 +86,7 @@ fn local(args: &RunArgs, cache: &Cache, mut timing: Timing) -> Result<ExitCode> 
         timing,
         deadline: None,
         signalled: None,
+        has_something_to_write,
     };
     let code = if args.console || args.initrd.is_some() {
         running.attend_console()
@@ -157,6 +159,8 @@ struct Running<'a> {
     deadline: Option<Instant>,
     /// The first signal that asked for the end.
     signalled: Option<i32>,
+    /// Whether there is a disk that the guest may have changed.
+    has_something_to_write: bool,
 }
 
 /// How far a command's session has come.
@@ -344,8 +348,7 @@ impl Running<'_> {
 
     /// Lets the guest write out what it has to; force when it takes too long.
     fn power_off(&mut self, link: &Link) {
-        let keeps_nothing = self.args.rootfs.is_none() && self.args.disk.is_empty();
-        if keeps_nothing {
+        if !self.has_something_to_write {
             return;
         }
         let asked = link.connect(AGENT_PORT).and_then(|stream| {
