@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use kernels::cache::Cache;
 use kernels::select::Role;
 
-use super::qemu::{CACHE_TAG, HOST_TAG};
+use super::qemu::{self, CACHE_TAG, HOST_TAG};
 use crate::{dirs, guest, kernel};
 
 /// Where this program is in the initramfs.
@@ -90,7 +90,7 @@ pub fn compose() -> Result<Outer> {
         initramfs,
         cmdline: CMDLINE,
         memory: memory & !((2 << 20) - 1),
-        cpus: thread::available_parallelism().map_or(1, usize::from),
+        cpus: qemu::reliable_cpus(thread::available_parallelism().map_or(1, usize::from)),
         cache,
     })
 }

@@ -53,6 +53,32 @@ pub fn find() -> Option<PathBuf> {
         })
 }
 
+/// The first version whose emulated CPUs may run beside each other. Before it, one CPU could translate a
+/// page of code while another changed it and go on with the old code: kernels that patch themselves
+/// at run time, as KVM's users make them do, then die of a breakpoint that is there no more.
+const CPUS_IN_PARALLEL: (u32, u32) = (8, 1);
+
+/// How many of `wanted` CPUs the QEMU that is installed emulates reliably.
+pub fn reliable_cpus(wanted: usize) -> usize {
+    match find().and_then(|qemu| version(&qemu)) {
+        Some(version) if version >= CPUS_IN_PARALLEL => wanted,
+        _ => 1,
+    }
+}
+
+fn version(qemu: &Path) -> Option<(u32, u32)> {
+    let output = Command::new(qemu).arg("--version").output().ok()?;
+    parse_version(&String::from_utf8_lossy(&output.stdout))
+}
+
+fn parse_version(text: &str) -> Option<(u32, u32)> {
+    let mut numbers = text
+        .strip_prefix("QEMU emulator version ")?
+        .split(|c: char| !c.is_ascii_digit())
+        .map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?))
+}
+
 impl Emulation<'_> {
     /// QEMU's arguments. Its AMD-V is the only virtualization that its TCG emulates.
     pub fn arguments(&self) -> Vec<OsString> {
@@ -136,6 +162,15 @@ pub fn become_qemu(arguments: &[OsString]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn versions_are_compared_as_numbers() {
+        let debian = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright";
+        assert_eq!(parse_version(debian), Some((7, 2)));
+        assert_eq!(parse_version("QEMU emulator version 10.0.2"), Some((10, 0)));
+        assert!(Some((10, 0)) > Some(CPUS_IN_PARALLEL));
+        assert_eq!(parse_version("bash 5.2"), None);
+    }
 
     #[test]
     fn a_comma_in_a_path_does_not_end_the_option() {
