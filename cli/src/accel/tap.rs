@@ -191,8 +191,15 @@ fn relay(stream: OwnedFd, frames: OwnedFd) -> Result<()> {
     let sending = ends.clone();
     let sender = thread::Builder::new()
         .name("tap-send".into())
-        .spawn(move || sending.until_over(Ends::send_frames))?;
-    let received = ends.until_over(Ends::receive_frames);
+        .spawn(move || {
+            let result = sending.send_frames();
+            sending.end_stream();
+            result
+        })?;
+    let received = ends.receive_frames();
+    ends.end_stream();
+    // Fails on an interface, which is no socket: there the end of the stream ends the sender.
+    let _ = net::shutdown(&ends.frames, Shutdown::Both);
     match sender.join() {
         Ok(sent) => received.and(sent),
         Err(_) => bail!("its relay panicked"),
@@ -215,13 +222,10 @@ enum Next {
 }
 
 impl Ends {
-    /// Runs one direction, and ends the other with it.
-    fn until_over(&self, direction: fn(&Self) -> Result<()>) -> Result<()> {
-        let result = direction(self);
-        // Fails where the peer has gone, or on the interface, which is no socket.
+    /// Ends the stream both ways, and with it whoever waits for it.
+    fn end_stream(&self) {
+        // Fails where the peer has gone.
         let _ = net::shutdown(&self.stream, Shutdown::Both);
-        let _ = net::shutdown(&self.frames, Shutdown::Both);
-        result
     }
 
     /// Moves frames to the stream.

@@ -93,11 +93,11 @@ fn a_frame_may_come_in_pieces_and_many_may_come_at_once() {
     }
     assert_eq!(receive(&card), frame(1, 100));
     let many: Vec<u8> = (0..500).flat_map(|n| framed(&frame(n, 90))).collect();
-    let writer = thread::spawn(move || peer.write_all(&many));
+    let writer = thread::spawn(move || peer.write_all(&many).map(|()| peer));
     for number in 0..500 {
         assert_eq!(receive(&card), frame(number, 90), "frame {number}");
     }
-    writer.join().unwrap().unwrap();
+    drop(writer.join().unwrap().unwrap());
 }
 
 #[test]
