@@ -123,7 +123,7 @@ pub struct Running {
     /// The process's own directory for temporary files.
     temporary: TempDir,
     /// Kept open where the process is to find no end of its input.
-    _input: Option<std::process::ChildStdin>,
+    input: Option<std::process::ChildStdin>,
 }
 
 impl Running {
@@ -171,7 +171,7 @@ impl Running {
             stderr,
             readers,
             temporary,
-            _input: input,
+            input,
         }
     }
 
@@ -189,6 +189,12 @@ impl Running {
     pub fn signal(&self, signal: Signal) {
         kill_process(self.pid(), signal)
             .unwrap_or_else(|error| panic!("{} cannot be signalled: {error}", self.shown));
+    }
+
+    /// Writes to its standard input, which has to be [`Input::Open`].
+    pub fn write(&mut self, bytes: &[u8]) {
+        let input = self.input.as_mut().expect("the input was left open");
+        input.write_all(bytes).expect("the process reads its input");
     }
 
     /// Waits until it has written `text` to standard output.
@@ -413,12 +419,12 @@ impl Mark {
 
     /// The processes with this mark in the outer Linux: their ids and command lines.
     pub fn beside_machines(&self) -> Vec<String> {
+        // One process for all: where machines are emulated each costs time. It fails where none is found.
         let script = format!(
-            "for environ in /proc/[0-9]*/environ; do \
-               if tr '\\0' '\\n' <$environ 2>/dev/null | grep -qx {MARK_VARIABLE}={}; then \
-                 process=${{environ%/environ}}; \
-                 echo \"${{process#/proc/}} $(tr '\\0' ' ' <$process/cmdline)\"; \
-               fi; done",
+            "for environ in $(grep -lzx {MARK_VARIABLE}={} /proc/[0-9]*/environ 2>/dev/null); do \
+               process=${{environ%/environ}}; \
+               echo \"${{process#/proc/}} $(tr '\\0' ' ' <$process/cmdline)\"; \
+             done; true",
             self.0
         );
         let output = host::run_beside_machines(&script);

@@ -55,8 +55,8 @@ fn a_kernel_that_is_none_is_refused() {
         (dir.path().join("missing"), "missing"),
         (dir.path().to_owned(), "kernel"),
         (file(&dir, "empty", b""), "empty"),
-        (file(&dir, "text", b"this is no kernel\n"), "no kernel"),
-        (file(&dir, "script", b"#!/bin/sh\nexit 0\n"), "no kernel"),
+        (file(&dir, "text", b"this is no kernel\n"), "not a kernel"),
+        (file(&dir, "script", b"#!/bin/sh\nexit 0\n"), "not a kernel"),
         (
             file(&dir, "truncated", &vmlinux[..vmlinux.len() / 2]),
             "truncated",
@@ -153,7 +153,7 @@ fn a_root_without_permission_is_refused() {
     }
     let dir = tempfile::tempdir().unwrap();
     let image = image::copy(&image::small(Filesystem::Ext4), dir.path());
-    let mode = std::os::unix::fs::PermissionsExt::from_mode(0);
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o000);
     fs::set_permissions(&image, mode).unwrap();
     expect_refused(&Guest::new().rootfs(&image).run("true"), "no permission");
 }
@@ -173,7 +173,8 @@ fn a_size_that_is_none_is_a_usage_error() {
         ("--cpus", "5000"),
         ("--cpus", "two"),
     ] {
-        let output = host::run_mvm(&["run", option, value, "--", "true"]);
+        let word = format!("{option}={value}");
+        let output = host::run_mvm(&["run", &word, "--", "true"]);
         output
             .expect_code(2)
             .expect_stdout("")

@@ -40,7 +40,7 @@ fn disks_come_in_their_order_and_read_only_ones_refuse_writes() {
     let images = [1u64, 2, 3].map(|mib| {
         let image = dir.path().join(format!("{mib}.img"));
         let mut file = File::create(&image).unwrap();
-        write!(file, "disk {mib}\n").unwrap();
+        writeln!(file, "disk {mib}").unwrap();
         file.set_len(mib << 20).unwrap();
         image
     });

@@ -29,8 +29,7 @@ fn a_tap_carries_pings_and_100_mb_both_ways() {
         received = dir.path().join("received").display(),
         mvm = host::mvm_beside_machines(),
     );
-    let mut command =
-        host::command_beside_machines(&format!("exec unshare --net sh -c \"$SCRIPT\""));
+    let mut command = host::command_beside_machines("exec unshare --net sh -c \"$SCRIPT\"");
     command.env("SCRIPT", script).env("GUEST", guest);
     let output = tests::Running::start(command, Vec::new()).wait_at_most(3 * host::LIMIT);
     output.expect_code(0).expect_in_stdout("ping works\n");
