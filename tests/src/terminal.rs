@@ -194,7 +194,17 @@ fn mode(slave: &OwnedFd) -> String {
     }
 }
 
-/// Collects what appears until the terminal is hung up.
+/// ECMA-48 DSR 6, and its answer for the first line's first column.
+const CURSOR_QUERY: &[u8] = b"\x1b[6n";
+const CURSOR_REPORT: &[u8] = b"\x1b[1;1R";
+
+fn count(text: &[u8], pattern: &[u8]) -> usize {
+    text.windows(pattern.len())
+        .filter(|window| *window == pattern)
+        .count()
+}
+
+/// Collects what appears until the terminal is hung up, and answers as a terminal does.
 fn watch(master: Arc<File>, screen: Capture, hung_up: Arc<AtomicBool>) -> JoinHandle<()> {
     let poll_time = rustix::event::Timespec {
         tv_sec: 0,
@@ -202,6 +212,7 @@ fn watch(master: Arc<File>, screen: Capture, hung_up: Arc<AtomicBool>) -> JoinHa
     };
     thread::spawn(move || {
         let mut buffer = [0; 4096];
+        let mut answered = 0;
         while !hung_up.load(Ordering::Relaxed) {
             let mut wanted = [PollFd::new(&*master, PollFlags::IN)];
             if !matches!(poll(&mut wanted, Some(&poll_time)), Ok(1..)) {
@@ -211,6 +222,13 @@ fn watch(master: Arc<File>, screen: Capture, hung_up: Arc<AtomicBool>) -> JoinHa
                 Ok(len @ 1..) => screen.push(&buffer[..len]),
                 _ => break,
             }
+            // A shell asks where the cursor is, and is in confusion about its line until it is told.
+            let asked = count(&screen.bytes(), CURSOR_QUERY);
+            for _ in answered..asked {
+                // Fails only where the terminal has been closed.
+                let _ = (&*master).write_all(CURSOR_REPORT);
+            }
+            answered = asked;
         }
         screen.end();
     })
