@@ -39,7 +39,7 @@ pub enum Command {
 
 /// `mvm run`.
 #[derive(Debug, Args)]
-#[command(after_help = "\
+#[command(args_override_self = true, after_help = "\
 Exit code: the command's own; 128+N when signal N killed it; 124 when --timeout ended it; \
 125 when the machine failed; 126 when the command cannot be executed; 127 when it is not found; \
 2 for a wrong command line.
@@ -380,6 +380,13 @@ mod tests {
         let args = run(&["-v", "--", "ls", "--cpus", "9", "--", "-t"]).unwrap();
         assert_eq!(args.command, ["ls", "--cpus", "9", "--", "-t"]);
         assert_eq!((args.cpus, args.tty, args.verbose), (1, false, true));
+    }
+
+    #[test]
+    fn the_last_of_a_repeated_option_counts() {
+        let args = run(&["--cpus", "2", "-m", "1G", "--cpus", "4", "--disk", "a", "--disk", "b"]);
+        let args = args.unwrap();
+        assert_eq!((args.cpus, args.disk.len()), (4, 2));
     }
 
     #[test]
