@@ -25,13 +25,16 @@ impl Tail {
         lines[lines.len().saturating_sub(count)..].to_vec()
     }
 
-    /// What the guest's kernel said when it panicked, where it did.
-    pub fn panic(&self) -> Option<String> {
+    /// What the guest's kernel said when it panicked, where it did: the reason, and up to `count` lines
+    /// from there on.
+    pub fn panic(&self, count: usize) -> Option<(String, Vec<String>)> {
         let lines = self.last_lines(usize::MAX);
-        let (_, reason) = lines
-            .iter()
-            .find_map(|line| line.split_once("Kernel panic - not syncing: "))?;
-        Some(reason.to_owned())
+        let (at, reason) = lines.iter().enumerate().find_map(|(at, line)| {
+            let (_, reason) = line.split_once("Kernel panic - not syncing: ")?;
+            Some((at, reason.to_owned()))
+        })?;
+        let shown = lines.into_iter().skip(at).take(count).collect();
+        Some((reason, shown))
     }
 
     fn push(&self, data: &[u8]) {
@@ -93,11 +96,12 @@ mod tests {
         let tail = Tail::default();
         let mut console = Console::new(tail.clone(), None);
         console.write_all(b"[    1.0] fine\n").unwrap();
-        assert_eq!(tail.panic(), None);
+        assert_eq!(tail.panic(9), None);
         console
             .write_all(b"[    2.0] Kernel panic - not syncing: out of luck\r\n[    2.0] CPU: 0\r\n")
             .unwrap();
-        assert_eq!(tail.panic().as_deref(), Some("out of luck"));
+        let (reason, lines) = tail.panic(9).unwrap();
+        assert_eq!((reason.as_str(), lines.len()), ("out of luck", 2));
     }
 
     #[test]

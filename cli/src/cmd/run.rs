@@ -371,8 +371,10 @@ impl Running<'_> {
     fn ended_early(&self, outcome: Outcome) -> anyhow::Error {
         match outcome {
             Outcome::PowerOff => self.failure("the guest powered off before the command ended"),
-            Outcome::Reset => match self.tail.panic() {
-                Some(reason) => self.failure(&format!("the guest's kernel panicked: {reason}")),
+            Outcome::Reset => match self.tail.panic(LINES_SHOWN) {
+                Some((reason, lines)) => {
+                    self.with_console(&format!("the guest's kernel panicked: {reason}"), &lines)
+                }
                 None => self.failure("the guest rebooted before the command ended"),
             },
             Outcome::Stopped => self.failure("the machine was stopped"),
@@ -382,12 +384,15 @@ impl Running<'_> {
 
     /// An error with the last lines of the console below it.
     fn failure(&self, message: &str) -> anyhow::Error {
-        let lines = self.tail.last_lines(LINES_SHOWN);
+        self.with_console(message, &self.tail.last_lines(LINES_SHOWN))
+    }
+
+    fn with_console(&self, message: &str, lines: &[String]) -> anyhow::Error {
         if lines.is_empty() || self.args.verbose {
             return anyhow!("{message}");
         }
         anyhow!(
-            "{message}\nThe last lines of its console:\n  {}",
+            "{message}\nFrom its console:\n  {}",
             lines.join("\n  ")
         )
     }
