@@ -39,12 +39,15 @@ pub enum Command {
 
 /// `mvm run`.
 #[derive(Debug, Args)]
-#[command(args_override_self = true, after_help = "\
+#[command(
+    args_override_self = true,
+    after_help = "\
 Exit code: the command's own; 128+N when signal N killed it; 124 when --timeout ended it; \
 125 when the machine failed; 126 when the command cannot be executed; 127 when it is not found; \
 2 for a wrong command line.
 
-Without a command an interactive shell is opened.")]
+Without a command an interactive shell is opened."
+)]
 pub struct RunArgs {
     /// Kernel to boot: an ELF vmlinux, a bzImage, or a name of `mvm kernel ls` [default: its first]
     #[arg(long, value_name = "KERNEL")]
@@ -384,7 +387,9 @@ mod tests {
 
     #[test]
     fn the_last_of_a_repeated_option_counts() {
-        let args = run(&["--cpus", "2", "-m", "1G", "--cpus", "4", "--disk", "a", "--disk", "b"]);
+        let args = run(&[
+            "--cpus", "2", "-m", "1G", "--cpus", "4", "--disk", "a", "--disk", "b",
+        ]);
         let args = args.unwrap();
         assert_eq!((args.cpus, args.disk.len()), (4, 2));
     }

@@ -391,10 +391,7 @@ impl Running<'_> {
         if lines.is_empty() || self.args.verbose {
             return anyhow!("{message}");
         }
-        anyhow!(
-            "{message}\nFrom its console:\n  {}",
-            lines.join("\n  ")
-        )
+        anyhow!("{message}\nFrom its console:\n  {}", lines.join("\n  "))
     }
 }
 
