@@ -39,13 +39,21 @@ fn split_disk(text: &OsStr) -> (PathBuf, bool) {
 
 /// The machine's own part of the configuration; the initial RAM disk is missing where `guest` has to be
 /// packed into one.
-pub fn machine(args: &RunArgs, kernel: &Kernel) -> Result<MachineConfig> {
+pub fn machine(args: &RunArgs, kernel: &Kernel, root: &Root) -> Result<MachineConfig> {
     let mut disks = Vec::new();
     if let Some(rootfs) = &args.rootfs {
-        let (path, read_only) = split_disk(rootfs);
+        let (path, as_asked) = split_disk(rootfs);
+        // One that cannot be written to may be shared by many machines, `:ro` or not.
+        let read_only = matches!(
+            root,
+            Root::Disk {
+                read_only: true,
+                ..
+            }
+        );
         disks.push(DiskConfig {
             path,
-            read_only,
+            read_only: as_asked || read_only,
             serial: ROOT_SERIAL.to_owned(),
         });
     }
@@ -110,10 +118,9 @@ fn mac_address() -> Result<[u8; 6]> {
 }
 
 /// What the guest's agent is told, and the initial RAM disk that tells it.
-pub fn initramfs(args: &RunArgs, kernel: &Kernel, cache: &Cache) -> Result<Vec<u8>> {
+pub fn initramfs(args: &RunArgs, kernel: &Kernel, root: &Root, cache: &Cache) -> Result<Vec<u8>> {
     let mut required = guest::MACHINE_MODULES.to_vec();
     let mut optional = guest::OPTIONAL_MODULES.to_vec();
-    let root = root(args)?;
     if !args.disk.is_empty() || args.rootfs.is_some() {
         required.push("virtio_blk");
     }
@@ -121,7 +128,7 @@ pub fn initramfs(args: &RunArgs, kernel: &Kernel, cache: &Cache) -> Result<Vec<u
         required.push("virtio_net");
     }
     let mut files = Vec::new();
-    match &root {
+    match root {
         Root::Disk {
             filesystem,
             read_only,
@@ -157,12 +164,13 @@ pub fn initramfs(args: &RunArgs, kernel: &Kernel, cache: &Cache) -> Result<Vec<u
 }
 
 /// Where the guest's root is; looks into the image to know how to mount it.
-fn root(args: &RunArgs) -> Result<Root> {
+pub fn root(args: &RunArgs) -> Result<Root> {
     let Some(rootfs) = &args.rootfs else {
         return Ok(Root::Initramfs);
     };
     let (path, read_only) = split_disk(rootfs);
-    let file = disk::open_image(&path, read_only)?;
+    // Only looked into; the machine opens it for what it does with it.
+    let file = disk::open_image(&path, true)?;
     let image = vmm::image::probe(&file)
         .with_context(|| format!("{} cannot be a root filesystem", path.display()))?;
     Ok(Root::Disk {

@@ -65,9 +65,12 @@ fn local(args: &RunArgs, cache: &Cache, mut timing: Timing) -> Result<ExitCode> 
     let (events, inbox) = mpsc::channel();
     // From here on a signal ends the machine in an orderly way.
     event::watch_signals(events.clone()).context("signals cannot be watched")?;
-    let mut config = resolve::machine(args, &kernel)?;
+    let root = resolve::root(args)?;
+    let mut config = resolve::machine(args, &kernel, &root)?;
     if config.initrd.is_none() {
-        config.initrd = Some(Initrd::Bytes(resolve::initramfs(args, &kernel, cache)?));
+        config.initrd = Some(Initrd::Bytes(resolve::initramfs(
+            args, &kernel, &root, cache,
+        )?));
     }
     let tail = Tail::default();
     config.console = Some(Box::new(Console::new(tail.clone(), cmd_watch(args))));

@@ -75,7 +75,7 @@ fn fio_finds_all_it_wrote() {
         .exec(&[
             "fio",
             "--name=verify",
-            "--filename=/dev/vda",
+            "--filename=/dev/vdb",
             "--rw=randrw",
             "--bsrange=512-64k",
             "--direct=1",
