@@ -38,12 +38,17 @@ pub struct Terminal {
 impl Terminal {
     /// Starts `guest` with `command` on a terminal of `rows` lines and `columns` characters.
     pub fn start(guest: &Guest, command: &[&str], rows: u16, columns: u16) -> Self {
-        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a pty can be made");
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)
+            .expect("a pty can be made");
         grantpt(&master).expect("a pty can be granted");
         unlockpt(&master).expect("a pty can be unlocked");
         let name = ptsname(&master, Vec::new()).expect("a pty has a name");
-        let slave = rustix::fs::open(&name, OFlags::RDWR | OFlags::NOCTTY, Mode::empty())
-            .expect("a pty can be opened");
+        let slave = rustix::fs::open(
+            &name,
+            OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .expect("a pty can be opened");
         termios::tcsetwinsize(&slave, size(rows, columns)).expect("a pty has a size");
         let mode_before = mode(&slave);
 
