@@ -159,7 +159,9 @@ impl Running {
             readers.push(stderr.collect(pipe));
         }
         let mut input = child.stdin.take();
-        if let (Some(bytes), Some(mut pipe)) = (bytes, input.take_if(|_| true)) {
+        if let Some(bytes) = bytes
+            && let Some(mut pipe) = input.take()
+        {
             // A process that reads nothing must not hold up the test.
             thread::spawn(move || drop(pipe.write_all(&bytes)));
         }
