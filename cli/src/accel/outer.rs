@@ -81,6 +81,12 @@ pub fn compose() -> Result<Outer> {
         path: "/sys/kernel/mm/transparent_hugepage/shmem_enabled".to_owned(),
         value: "advise".to_owned(),
     });
+    // The emulated TSC is first measured on a busy host, and then better. Where the two differ by more
+    // than this many millionths, KVM gives its vCPUs no TSC rate, and their timers never fire.
+    description.settings.push(Setting {
+        path: "/sys/module/kvm/parameters/tsc_tolerance_ppm".to_owned(),
+        value: "100000".to_owned(),
+    });
     let modules = kernel::modules(&kernel, REQUIRED, OPTIONAL)?;
     let initramfs = guest::initramfs(description, &modules, &[(PROGRAM_FILE, 0o755, &program)])?;
     let (part, whole) = MEMORY_SHARE;
