@@ -171,15 +171,13 @@ fn config(kernel: &Path, console: &Console) -> MachineConfig {
 
 /// Whether there is a KVM to run guests on; says so where there is none.
 fn no_kvm() -> bool {
-    let missing = std::fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .is_err();
-    if missing {
-        println!("skipped: /dev/kvm cannot be opened");
+    match vmm::probe::kvm() {
+        vmm::probe::KvmVerdict::Works => false,
+        verdict => {
+            println!("skipped: {verdict}");
+            true
+        }
     }
-    missing
 }
 
 /// Runs `guest` to its end; None where there is no KVM.
