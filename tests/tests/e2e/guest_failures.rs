@@ -5,7 +5,7 @@ use tests::Guest;
 #[test]
 fn a_panic_is_told_with_the_last_console_lines() {
     let output = Guest::new().run("echo before; sleep 2; echo c >/proc/sysrq-trigger; sleep 1000");
-    output.expect_code(125).expect_stdout("");
+    output.expect_code(125).expect_stdout("before\n");
     output
         .expect_in_stderr("panic")
         .expect_in_stderr("Kernel panic - not syncing");
