@@ -3,7 +3,9 @@
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::thread;
 
+use agent::protocol::{self, HELLO_PORT, Hello};
 use devices::virtio::vsock::VsockHandle;
 
 /// The longest answer to a CONNECT line.
@@ -26,6 +28,26 @@ impl Link {
             Self::Socket(path) => connect_line(UnixStream::connect(path)?, port),
         }
     }
+}
+
+/// Calls `greeted` with what the agent of a guest says when it is up, or cannot be.
+pub fn listen_for_hello(
+    vsock: &VsockHandle,
+    greeted: impl Fn(Hello) + Clone + Send + 'static,
+) -> io::Result<()> {
+    vsock.listen(HELLO_PORT, move |stream| {
+        let greeted = greeted.clone();
+        // The guest may be slow to say anything; the device's thread does not wait for it.
+        let reader = thread::Builder::new().name("hello".into());
+        let spawned = reader.spawn(move || match protocol::receive(&stream) {
+            Ok(Some(hello)) => greeted(hello),
+            Ok(None) => {}
+            Err(error) => tracing::warn!("the guest's greeting makes no sense: {error}"),
+        });
+        if let Err(error) = spawned {
+            tracing::error!("no thread for the guest's greeting: {error}");
+        }
+    })
 }
 
 /// Asks for `port` on a fresh connection to a vsock Unix socket and waits for the answer.

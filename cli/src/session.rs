@@ -26,6 +26,7 @@ const CHUNK: usize = 256 << 10;
 pub struct Session {
     control: UnixStream,
     outputs: usize,
+    terminal: bool,
     first_output: Arc<OnceLock<Instant>>,
 }
 
@@ -60,6 +61,7 @@ impl Session {
         let session = Self {
             control: control.try_clone()?,
             outputs: outputs.len(),
+            terminal,
             first_output: first_output.clone(),
         };
         if let Some(input) = input {
@@ -80,6 +82,11 @@ impl Session {
     /// How many output streams there are to wait for.
     pub fn outputs(&self) -> usize {
         self.outputs
+    }
+
+    /// Whether the command runs on a terminal.
+    pub fn has_terminal(&self) -> bool {
+        self.terminal
     }
 
     /// When the first byte of output arrived.

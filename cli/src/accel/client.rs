@@ -69,7 +69,6 @@ pub fn run(reason: &str, mut exec: Exec, tap: Option<HostTap>) -> Result<ExitCod
     if let Some(tap) = &tap {
         exec.env.push((tap::VARIABLE.into(), tap.variable().into()));
     }
-    let on_terminal = exec.terminal.is_some();
     let mut session = start_session(&files, reason, exec, &events)?;
 
     let mut raw = None;
@@ -90,7 +89,7 @@ pub fn run(reason: &str, mut exec: Exec, tap: Option<HostTap>) -> Result<ExitCod
                 drop(session.signal(signal));
                 deadline.get_or_insert(Instant::now() + GRACE);
             }
-            Some(Event::Session(Some(FromSession::Started { .. }))) if on_terminal => {
+            Some(Event::Session(Some(FromSession::Started { .. }))) if session.has_terminal() => {
                 raw = RawMode::enter().context("the terminal cannot be put into raw mode")?;
             }
             Some(Event::Session(Some(FromSession::Started { .. }))) => {}

@@ -14,7 +14,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::{env, thread};
 
-use agent::protocol::{self, AGENT_PORT, HELLO_PORT, Hello, Open};
+use agent::protocol::{self, AGENT_PORT, Hello, Open};
 use anyhow::{Context, Result, anyhow, bail};
 use devices::vhost_user::VhostUserVsock;
 use devices::virtio::vsock::uds::VsockUds;
@@ -27,6 +27,7 @@ use super::outer::{self, Outer};
 use super::qemu::Emulation;
 use super::state::{Description, Files};
 use crate::console::{Console, Tail};
+use crate::link;
 
 /// How long the outer Linux stays when nobody uses it.
 const IDLE: Duration = Duration::from_secs(60);
@@ -88,13 +89,8 @@ fn supervise(files: &Files) -> Result<End> {
     let (_device, vsock) = VhostUserVsock::serve(listener, VsockConfig::new(CID))
         .context("the vsock device cannot be started")?;
     let greeted = events.clone();
-    vsock.listen(HELLO_PORT, move |stream| {
-        let greeted = greeted.clone();
-        thread::spawn(move || {
-            if let Ok(Some(hello)) = protocol::receive(&stream) {
-                let _ = greeted.send(Event::Hello(hello));
-            }
-        });
+    link::listen_for_hello(&vsock, move |hello| {
+        drop(greeted.send(Event::Hello(hello)));
     })?;
     let tail = Tail::default();
     let mut qemu = start_qemu(files, &outer, &tail, events)?;

@@ -7,7 +7,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use agent::protocol::{self, AGENT_PORT, FromSession, HELLO_PORT, Hello, Open, Refusal};
+use agent::protocol::{self, AGENT_PORT, FromSession, Hello, Open, Refusal};
 use anyhow::{Context, Result, anyhow, bail};
 use kernels::cache::Cache;
 use kernels::select::Role;
@@ -19,7 +19,7 @@ use crate::accel::{self, Choice};
 use crate::args::{Net, RunArgs};
 use crate::console::{Console, Tail};
 use crate::event::{self, Event};
-use crate::link::Link;
+use crate::link::{self, Link};
 use crate::session::Session;
 use crate::terminal::{self, RawMode};
 use crate::timing::Timing;
@@ -73,7 +73,7 @@ fn local(args: &RunArgs, cache: &Cache, mut timing: Timing) -> Result<ExitCode> 
         )?));
     }
     let tail = Tail::default();
-    config.console = Some(Box::new(Console::new(tail.clone(), cmd_watch(args))));
+    config.console = Some(Box::new(Console::new(tail.clone(), console_watcher(args))));
     let has_something_to_write = config.disks.iter().any(|disk| !disk.read_only);
     timing.resolved = Some(Instant::now());
     let machine = Arc::new(vmm::prepare(config)?);
@@ -107,7 +107,7 @@ fn local(args: &RunArgs, cache: &Cache, mut timing: Timing) -> Result<ExitCode> 
 }
 
 /// Who watches the serial console: standard output where it is the interface, standard error beside a command.
-fn cmd_watch(args: &RunArgs) -> Option<Box<dyn std::io::Write + Send>> {
+fn console_watcher(args: &RunArgs) -> Option<Box<dyn std::io::Write + Send>> {
     if args.console || args.initrd.is_some() {
         Some(Box::new(std::io::stdout()))
     } else if args.verbose {
@@ -121,19 +121,7 @@ fn cmd_watch(args: &RunArgs) -> Option<Box<dyn std::io::Write + Send>> {
 fn watch_machine(machine: &Arc<Machine>, events: &Sender<Event>) -> Result<()> {
     let vsock = machine.vsock().context("the machine has no vsock device")?;
     let said = events.clone();
-    vsock.listen(HELLO_PORT, move |stream| {
-        let said = said.clone();
-        // The guest may be slow to say anything; the device's thread does not wait for it.
-        let reader = thread::Builder::new().name("hello".into());
-        let spawned = reader.spawn(move || match protocol::receive(&stream) {
-            Ok(Some(hello)) => drop(said.send(Event::Hello(hello))),
-            Ok(None) => {}
-            Err(error) => tracing::warn!("the guest's greeting makes no sense: {error}"),
-        });
-        if let Err(error) = spawned {
-            tracing::error!("no thread for the guest's greeting: {error}");
-        }
-    })?;
+    link::listen_for_hello(vsock, move |hello| drop(said.send(Event::Hello(hello))))?;
     let (watched, ended) = (Arc::downgrade(machine), events.clone());
     thread::Builder::new()
         .name("machine".into())
@@ -300,7 +288,11 @@ impl Running<'_> {
                     self.ask_to_end(&mut session, signal);
                 }
                 Some(Event::Session(Some(FromSession::Started { .. }))) => {
-                    raw = self.take_terminal()?;
+                    // Not before the guest's program is there to receive the keys.
+                    if session.has_terminal() {
+                        raw =
+                            RawMode::enter().context("the terminal cannot be put into raw mode")?;
+                    }
                 }
                 Some(Event::Session(Some(FromSession::Refused { reason, message }))) => {
                     eprintln!("mvm: {message}");
@@ -334,14 +326,6 @@ impl Running<'_> {
                 return Ok(if progress.timed_out { TIMED_OUT } else { code });
             }
         }
-    }
-
-    /// Raw mode, once the guest's program is there to receive the keys.
-    fn take_terminal(&self) -> Result<Option<RawMode>> {
-        if resolve::exec(self.args).terminal.is_none() {
-            return Ok(None);
-        }
-        RawMode::enter().context("the terminal cannot be put into raw mode")
     }
 
     fn ask_to_end(&mut self, session: &mut Session, signal: i32) {
