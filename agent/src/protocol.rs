@@ -3,7 +3,10 @@
 //! Every vsock connection starts with one framed message. On a connection that the host opens to
 //! [`AGENT_PORT`] it is an [`Open`]; on the one that the agent opens to [`HELLO_PORT`] of the host
 //! it is a [`Hello`]. A byte stream ([`Open::Stream`]) is raw from there on, so that it can be
-//! spliced with nothing in between; all others stay framed.
+//! spliced with nothing in between, and so are [`Open::Dial`] and [`Open::Attach`]; all others stay framed.
+//!
+//! On raw connections an end that is closed before it was shut down for writing is a reset: it
+//! stands for TCP's RST, hop by hop, and is passed on as one.
 //!
 //! A frame is its length (u32, little endian, at most [`MAX_FRAME`]) and that many bytes of postcard.
 
@@ -12,7 +15,7 @@ use std::io::{self, Read, Write};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Changes with every change of a message.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// The vsock port on which the agent listens in the guest.
 pub const AGENT_PORT: u32 = 1024;
@@ -65,6 +68,168 @@ pub enum Open {
     SetTime {
         /// Nanoseconds since 1970-01-01 UTC.
         epoch_ns: u64,
+    },
+    /// Becomes a connection to something in the guest: raw bytes follow at once. Where the target
+    /// cannot be reached the connection is reset.
+    Dial(Target),
+    /// Becomes the connection that the agent holds under this token ([`ToForwarder::Dial`],
+    /// [`FromForwarder::Accepted`]): raw bytes follow at once. Reset where there is none.
+    Attach {
+        /// Names the connection; used once.
+        token: u64,
+    },
+    /// Controls forwards; the connection goes on with [`ToForwarder`] and [`FromForwarder`]. When it
+    /// ends, what it listened for and held is closed; connections that run go on.
+    Forward,
+    /// Carries datagrams; the connection goes on with [`Datagram`] both ways. When it ends, its
+    /// flows end.
+    Datagrams,
+}
+
+/// Something in the guest that takes connections or datagrams.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Target {
+    /// This port of the guest's own loopback: 127.0.0.1, and ::1 where that refuses.
+    Loopback(u16),
+    /// A host by name or address, as the guest resolves and routes it. `localhost` is
+    /// [`Target::Loopback`].
+    Host {
+        /// At most 255 bytes.
+        host: String,
+        /// Not 0.
+        port: u16,
+    },
+    /// A stream socket at this absolute path of the machine's root.
+    Unix(Vec<u8>),
+}
+
+/// From the host, on a connection that controls forwards.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToForwarder {
+    /// Report listening sockets from now on, or not any more: [`FromForwarder::Listeners`].
+    Watch(bool),
+    /// Connect to `target` and hold the connection until it is attached, or for 30 s; answered with
+    /// [`FromForwarder::Dialed`]. Several may be under way at once.
+    Dial {
+        /// Chosen by the host at random, not in use.
+        token: u64,
+        /// Where to.
+        target: Target,
+    },
+    /// Reset the connection held under this token, if there is one.
+    Drop {
+        /// Its token.
+        token: u64,
+    },
+    /// Take connections in the guest; answered with [`FromForwarder::Bound`].
+    Listen {
+        /// Chosen by the host, not in use.
+        id: u32,
+        /// Where.
+        at: Bind,
+    },
+    /// Take no more; connections that run go on. Not answered.
+    Unlisten {
+        /// That of [`ToForwarder::Listen`].
+        id: u32,
+    },
+}
+
+/// Where the agent listens for the host.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Bind {
+    /// A TCP port of this address; None is both loopback addresses. Port 0 is any free one.
+    Tcp {
+        /// The address.
+        address: Option<std::net::IpAddr>,
+        /// The port.
+        port: u16,
+    },
+    /// A Unix socket at this absolute path of the machine's root, which everybody in the guest may use; a
+    /// socket that nobody listens at is replaced, missing directories are made.
+    Unix(Vec<u8>),
+}
+
+/// From the agent, on a connection that controls forwards.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromForwarder {
+    /// All listening TCP sockets of the machine's own network namespace, besides the agent's: sent when
+    /// watching begins and after each change.
+    Listeners(Vec<Listener>),
+    /// How a [`ToForwarder::Dial`] ended.
+    Dialed {
+        /// Its token.
+        token: u64,
+        /// Whether the connection is held.
+        result: Result<(), DialError>,
+    },
+    /// How a [`ToForwarder::Listen`] ended.
+    Bound {
+        /// Its number.
+        id: u32,
+        /// The port (0 for a path), or one sentence that says why not.
+        result: Result<u16, String>,
+    },
+    /// Somebody in the guest connected; held until attached or dropped, or for 30 s.
+    Accepted {
+        /// What it connected to.
+        id: u32,
+        /// Names the connection; chosen by the agent, never one of the host's.
+        token: u64,
+    },
+}
+
+/// A listening TCP socket of the guest.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct Listener {
+    /// Its port.
+    pub port: u16,
+    /// The address it is bound to.
+    pub address: std::net::IpAddr,
+    /// The user it belongs to.
+    pub uid: u32,
+}
+
+/// Why the guest could not connect to a target.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum DialError {
+    /// Nobody listens there.
+    Refused,
+    /// There is no way there.
+    Unreachable,
+    /// No answer in 10 s.
+    TimedOut,
+    /// The guest knows no such name.
+    NoSuchHost,
+    /// Anything else; one sentence.
+    Other(String),
+}
+
+/// One datagram, or the end of its flow. A flow is a socket in the guest and has one peer on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Datagram {
+    /// To the guest: send this from the socket of `flow`, which is made where it is new.
+    Send {
+        /// Chosen by the host.
+        flow: u32,
+        /// Where to: not [`Target::Unix`].
+        to: Target,
+        /// At most 65,507 bytes.
+        payload: Vec<u8>,
+    },
+    /// From the guest: this arrived at the socket of `flow`.
+    Received {
+        /// That of [`Datagram::Send`].
+        flow: u32,
+        /// Who sent it.
+        from: std::net::SocketAddr,
+        /// At most 65,507 bytes.
+        payload: Vec<u8>,
+    },
+    /// Either way: the flow is over, and its number free.
+    Closed {
+        /// Its number.
+        flow: u32,
     },
 }
 

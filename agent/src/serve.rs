@@ -109,6 +109,8 @@ fn serve(machine: &Machine, connection: Connection) -> io::Result<()> {
             let answer = set.map_err(|error| format!("the machine's clock cannot be set: {error}"));
             protocol::send(&connection, &Done(answer))
         }
+        // Closed without an answer, which is a reset.
+        Some(Open::Dial(_) | Open::Attach { .. } | Open::Forward | Open::Datagrams) => Ok(()),
     }
 }
 
