@@ -169,9 +169,49 @@ impl Control {
     /// Waits for all vCPU threads to end; call after [`Control::finish`], from another thread.
     pub fn join(&self) {
         let threads = std::mem::take(&mut *self.threads());
+        // Whoever finished the machine may not have come to its kicks yet, and finds no threads now.
+        for thread in &threads {
+            vcpu::kick(thread);
+        }
         for thread in threads {
             // A panic was caught in the thread and is the outcome.
             let _ = thread.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+    use std::thread;
+    use vmm_sys_util::signal::{SIGRTMIN, block_signal};
+
+    /// Whether the calling thread has been kicked, where it blocks the signal: proc(5), SigPnd.
+    fn kick_is_pending() -> bool {
+        let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigPnd:"));
+        let mask = u64::from_str_radix(mask.unwrap().trim(), 16).unwrap();
+        mask >> (SIGRTMIN() - 1) & 1 == 1
+    }
+
+    #[test]
+    fn a_vcpu_that_nobody_has_kicked_yet_is_kicked_before_it_is_waited_for() {
+        let control = Control::new();
+        control.finish(Outcome::PowerOff);
+        let (ready, kickable) = mpsc::channel();
+        let (told, was_kicked) = mpsc::channel();
+        control.add_thread(thread::spawn(move || {
+            block_signal(SIGRTMIN()).unwrap();
+            ready.send(()).unwrap();
+            let patience = Instant::now() + Duration::from_secs(60);
+            while !kick_is_pending() && Instant::now() < patience {
+                thread::yield_now();
+            }
+            told.send(kick_is_pending()).unwrap();
+        }));
+        kickable.recv().unwrap();
+        control.join();
+        assert!(was_kicked.recv().unwrap(), "no kick came");
     }
 }
