@@ -1,6 +1,7 @@
 //! The agent's end of vsock: the listening port, and the word to the host that it is there.
 
 use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use agent::protocol::{self, AGENT_PORT, HELLO_PORT, Hello};
@@ -9,9 +10,10 @@ use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 
 use crate::clock;
 use crate::connection::Connection;
+use crate::forward;
 
-/// Connections that wait to be accepted: all streams of many sessions may come at one time.
-const BACKLOG: i32 = 1024;
+/// Connections that wait to be accepted: the kernel's own default limit (`net.core.somaxconn`).
+const BACKLOG: i32 = 4096;
 
 /// How long the host may take to read the message.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -28,19 +30,26 @@ impl Listener {
         let listener =
             VsockListener::bind_with_cid_port(VMADDR_CID_ANY, AGENT_PORT).context(context)?;
         rustix::net::listen(&listener, BACKLOG).context(context)?;
+        listener.set_nonblocking(true).context(context)?;
         Ok(Self(listener))
     }
+}
 
-    /// Waits for the next connection of the host.
-    ///
+impl forward::Listener for Listener {
     /// With vsock_loopback loaded, any user of the machine can connect: only the host is answered.
-    pub fn accept(&self) -> io::Result<Connection> {
+    fn accept(&self) -> io::Result<Connection> {
         loop {
             let (stream, peer) = self.0.accept()?;
             if peer.cid() == VMADDR_CID_HOST {
                 return Ok(Connection::new(stream));
             }
         }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

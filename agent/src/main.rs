@@ -9,6 +9,7 @@ mod command;
 mod connection;
 mod console;
 mod entropy;
+mod forward;
 mod hello;
 mod init;
 mod loopback;
@@ -41,6 +42,7 @@ use agent::guest::{GUEST_PATH, Guest};
 use anyhow::{Context, Result};
 use rustix::process::{Resource, Rlimit, getpid, setrlimit};
 
+use crate::forward::Reactor;
 use crate::hello::Listener;
 use crate::reap::Reaper;
 use crate::serve::Machine;
@@ -48,9 +50,6 @@ use crate::tree::Tree;
 
 /// Open files: soft for the agent, hard for its commands (the default of current distributions).
 const OPEN_FILES: u64 = 524_288;
-
-/// How long to wait after a connection could not be accepted, so that a lasting failure does not spin.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 fn main() {
     let started = clock::since_boot();
@@ -114,16 +113,9 @@ fn serve(machine: &Arc<Machine>, started: Duration) -> Result<Infallible> {
         signals::start(machine).context("the thread that waits for signals cannot be started")?;
         button::start(machine).context("the power button cannot be watched")?;
     }
-    loop {
-        match listener.accept() {
-            Ok(connection) => serve::start(machine, connection),
-            // Out of memory or descriptors, or the peer has gone: later ones may succeed.
-            Err(error) => {
-                eprintln!("mvm-agent: a connection from the host cannot be accepted: {error}");
-                thread::sleep(ACCEPT_PAUSE);
-            }
-        }
-    }
+    let serving = Arc::clone(machine);
+    let hand_on = move |connection, open| serve::start(&serving, connection, open);
+    Reactor::new(Box::new(listener), Box::new(hand_on))?.run()
 }
 
 /// Reads what the host wrote, and removes it: it holds the seed of the entropy pool.

@@ -1,4 +1,4 @@
-//! Connections from the host: each says in its first message what it is for.
+//! Connections from the host that are served by a thread of their own: commands, and single requests.
 
 use std::io;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use crate::tree::Tree;
 /// Sessions at a time. Each has up to four connections and four threads.
 const MAX_SESSIONS: usize = 256;
 
-/// Connections at a time: those of all sessions, and as many that have not said yet what they are.
+/// Connections at a time: those of all sessions, and as many that wait for theirs.
 const MAX_CONNECTIONS: usize = 8 * MAX_SESSIONS;
 
 /// Room for decoding a message and starting a command; large data is on the heap.
@@ -68,8 +68,8 @@ impl Machine {
     }
 }
 
-/// Serves one accepted connection on a thread of its own.
-pub fn start(machine: &Arc<Machine>, connection: Connection) {
+/// Serves a connection, whose first message was `open`, on a thread of its own.
+pub fn start(machine: &Arc<Machine>, connection: Connection, open: Open) {
     let shared = Arc::clone(machine);
     let serve = move || {
         let Some(_place) = shared.connections.enter(MAX_CONNECTIONS) else {
@@ -78,7 +78,7 @@ pub fn start(machine: &Arc<Machine>, connection: Connection) {
             );
             return;
         };
-        if let Err(error) = serve(&shared, connection) {
+        if let Err(error) = serve(&shared, connection, open) {
             eprintln!("mvm-agent: a connection from the host ended early: {error}");
         }
     };
@@ -88,29 +88,28 @@ pub fn start(machine: &Arc<Machine>, connection: Connection) {
     }
 }
 
-fn serve(machine: &Machine, connection: Connection) -> io::Result<()> {
+fn serve(machine: &Machine, connection: Connection, open: Open) -> io::Result<()> {
     connection.set_timeouts(Some(MESSAGE_TIMEOUT))?;
-    match protocol::receive(&connection)? {
-        None => Ok(()),
-        Some(Open::Exec(exec)) => execute(machine, &connection, &exec),
-        Some(Open::Stream { session, kind }) => {
+    match open {
+        Open::Exec(exec) => execute(machine, &connection, &exec),
+        Open::Stream { session, kind } => {
             connection.set_timeouts(None)?;
             machine
                 .rendezvous
                 .offer(session, kind, connection, PATIENCE);
             Ok(())
         }
-        Some(Open::PowerOff { grace_ms }) => {
+        Open::PowerOff { grace_ms } => {
             (machine.power_off)(machine, Duration::from_millis(grace_ms.into()));
             Ok(())
         }
-        Some(Open::SetTime { epoch_ns }) => {
+        Open::SetTime { epoch_ns } => {
             let set = clock::set(Duration::from_nanos(epoch_ns));
             let answer = set.map_err(|error| format!("the machine's clock cannot be set: {error}"));
             protocol::send(&connection, &Done(answer))
         }
-        // Closed without an answer, which is a reset.
-        Some(Open::Dial(_) | Open::Attach { .. } | Open::Forward | Open::Datagrams) => Ok(()),
+        // The reactor's own, which it hands to nobody.
+        Open::Dial(_) | Open::Attach { .. } | Open::Forward | Open::Datagrams => Ok(()),
     }
 }
 

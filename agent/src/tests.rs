@@ -1,4 +1,4 @@
-//! Sessions end to end, over socket pairs instead of vsock: real commands run on this machine.
+//! Sessions end to end, over Unix sockets instead of vsock: real commands run on this machine.
 //!
 //! The tests need what a build machine has: /bin/sh, coreutils, /proc and /dev/pts. They start
 //! processes through sessions only, because the reaper takes every child of the test process.
@@ -7,7 +7,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{SocketAddr, UnixStream};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use agent::protocol::{
     self, Exec, ExitStatus, FromSession, Open, Refusal, StreamKind, ToSession, WindowSize,
 };
 
-use crate::connection::Connection;
+use crate::forward;
 use crate::process;
 use crate::reap::Reaper;
 use crate::root::Prepared;
@@ -43,10 +43,20 @@ fn machine() -> &'static Arc<Machine> {
     })
 }
 
-fn connect(open: &Open) -> UnixStream {
-    let (agent, host) = UnixStream::pair().unwrap();
+/// A connection from the host that has said nothing yet.
+fn connect_silently() -> UnixStream {
+    static DOOR: OnceLock<SocketAddr> = OnceLock::new();
+    let door = DOOR.get_or_init(|| {
+        let machine = machine();
+        forward::tests::start(|connection, open| serve::start(machine, connection, open))
+    });
+    let host = UnixStream::connect_addr(door).unwrap();
     host.set_read_timeout(Some(PATIENCE)).unwrap();
-    serve::start(machine(), Connection::new(agent));
+    host
+}
+
+fn connect(open: &Open) -> UnixStream {
+    let host = connect_silently();
     protocol::send(&host, open).unwrap();
     host
 }
@@ -639,10 +649,8 @@ fn orphans_do_not_stay_as_zombies() {
 
 #[test]
 fn garbage_and_silence_end_a_connection_and_nothing_else() {
-    let (agent, mut host) = UnixStream::pair().unwrap();
-    serve::start(machine(), Connection::new(agent));
+    let mut host = connect_silently();
     host.write_all(&[0xff; 64]).unwrap();
-    host.set_read_timeout(Some(PATIENCE)).unwrap();
     let mut rest = Vec::new();
     // Unread bytes may turn the end into a reset; both are an end.
     let _ = host.read_to_end(&mut rest);

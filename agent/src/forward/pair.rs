@@ -1,0 +1,275 @@
+//! Two stream sockets that are joined: the host's connection, and one to something in the guest.
+//!
+//! Bytes go from one to the other through a buffer that all pairs share. What an end does not take
+//! at once waits in a buffer of the pair's own, which exists no longer than it has to; meanwhile
+//! nothing is read for that end, so a slow reader slows its writer down and nobody else. An idle
+//! pair is two descriptors and 64 bytes here; the kernel's sockets outweigh it many times.
+//!
+//! An end of file is passed on as a half-close. A reset is passed on as one: the host's connection
+//! is closed without having been shut down for writing, a TCP connection with SO_LINGER 0. As TCP
+//! does, a reset overtakes what the other end has no room for, and nothing else.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::epoll::EventFlags;
+use rustix::io::Errno;
+use rustix::net::{SendFlags, Shutdown, send, shutdown, sockopt};
+
+/// The most that is read at a time, and the size of the buffer that pairs share.
+pub const READ_SIZE_MAX: usize = 256 << 10;
+
+/// The least: what is read for an end that took less than it was given. It also is what an end that
+/// takes nothing holds up in memory.
+const READ_SIZE_MIN: usize = 16 << 10;
+
+/// How often a direction is served before a reset is passed on: no more than what sockets hold.
+const LAST_ROUNDS: usize = 64;
+
+/// Which end of a pair.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The host's connection.
+    Host,
+    /// The connection to something in the guest.
+    Guest,
+}
+
+/// What a turn has led to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Progress {
+    /// There is more to do at once.
+    More,
+    /// Nothing to do until the next event.
+    Idle,
+    /// Both directions ended, or one end was reset: the pair is to be dropped.
+    Over,
+}
+
+/// Two joined sockets.
+#[derive(Debug)]
+pub struct Pair {
+    host: End,
+    guest: End,
+}
+
+#[derive(Debug)]
+struct End {
+    socket: OwnedFd,
+    /// Reading may give something.
+    readable: bool,
+    /// Writing may take something.
+    writable: bool,
+    /// Its last byte was read.
+    ended: bool,
+    /// It was told that no more bytes come.
+    shut: bool,
+    /// Its peer is gone, and so are bytes that it was to get.
+    broken: bool,
+    /// How much is read for it at a time, as a power of two times [`READ_SIZE_MIN`].
+    appetite: u8,
+    /// What it did not take yet: never empty.
+    leftover: Option<Box<Leftover>>,
+}
+
+#[derive(Debug)]
+struct Leftover {
+    bytes: Vec<u8>,
+    written: usize,
+}
+
+impl Pair {
+    /// Joins two connected, non-blocking sockets.
+    pub fn new(host: OwnedFd, guest: OwnedFd) -> Self {
+        Self {
+            host: End::new(host),
+            guest: End::new(guest),
+        }
+    }
+
+    /// Takes note of an event, which is a hint only: it may be stale.
+    pub fn note(&mut self, side: Side, flags: EventFlags) {
+        let end = match side {
+            Side::Host => &mut self.host,
+            Side::Guest => &mut self.guest,
+        };
+        let closed = EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR;
+        end.readable |= flags.intersects(EventFlags::IN | closed);
+        end.writable |= flags.intersects(EventFlags::OUT | closed);
+        if flags.contains(EventFlags::ERR) {
+            end.broken |= !matches!(sockopt::socket_error(&end.socket), Ok(Ok(())));
+        }
+        if side == Side::Host && flags.intersects(closed) {
+            end.broken |= end.refuses_bytes();
+        }
+    }
+
+    /// Carries up to one buffer each way.
+    pub fn turn(&mut self, buffer: &mut [u8]) -> Progress {
+        let in_ = self.host.carry_to(&mut self.guest, buffer);
+        let out = self.guest.carry_to(&mut self.host, buffer);
+        if self.host.ended && self.host.refuses_bytes() {
+            self.host.broken = true;
+        }
+        if self.host.broken || self.guest.broken {
+            self.reset(buffer);
+            return Progress::Over;
+        }
+        match (in_, out) {
+            (Progress::Over, Progress::Over) => Progress::Over,
+            (Progress::More, _) | (_, Progress::More) => Progress::More,
+            _ => Progress::Idle,
+        }
+    }
+
+    /// Hands over what the broken end's peer had sent, as far as there is room for it at once.
+    fn reset(&mut self, buffer: &mut [u8]) {
+        let (broken, other) = match self.host.broken {
+            true => (&mut self.host, &mut self.guest),
+            false => (&mut self.guest, &mut self.host),
+        };
+        for _ in 0..LAST_ROUNDS {
+            if other.broken || broken.pass_on(other, buffer) != Progress::More {
+                break;
+            }
+        }
+        reset(&self.guest.socket);
+    }
+}
+
+impl End {
+    fn new(socket: OwnedFd) -> Self {
+        Self {
+            socket,
+            readable: true,
+            writable: true,
+            ended: false,
+            shut: false,
+            broken: false,
+            appetite: 0,
+            leftover: None,
+        }
+    }
+
+    /// Carries bytes to `to`, and the end of them.
+    fn carry_to(&mut self, to: &mut Self, buffer: &mut [u8]) -> Progress {
+        let progress = self.pass_on(to, buffer);
+        // What looks like the end of a broken one is none.
+        if self.ended && to.leftover.is_none() && !self.broken && !to.broken {
+            to.shut();
+            return Progress::Over;
+        }
+        progress
+    }
+
+    /// Carries up to one buffer of bytes to `to`.
+    fn pass_on(&mut self, to: &mut Self, buffer: &mut [u8]) -> Progress {
+        to.write_leftover();
+        if to.leftover.is_some() || !to.writable || !self.readable || self.ended || to.broken {
+            return Progress::Idle;
+        }
+        let size = (READ_SIZE_MIN << to.appetite).min(buffer.len());
+        let Some(buffer) = buffer.get_mut(..size) else {
+            return Progress::Idle;
+        };
+        match rustix::io::read(&self.socket, &mut *buffer) {
+            Ok(0) => {
+                self.ended = true;
+                Progress::Idle
+            }
+            Ok(length) => {
+                let bytes = buffer.get(..length).unwrap_or_default();
+                to.take(bytes, length == size);
+                Progress::More
+            }
+            Err(Errno::AGAIN) => {
+                self.readable = false;
+                Progress::Idle
+            }
+            Err(Errno::INTR) => Progress::More,
+            Err(_) => {
+                self.broken = true;
+                Progress::Idle
+            }
+        }
+    }
+
+    /// Writes `bytes`, and keeps what was not taken. `full` says that more may have been there.
+    fn take(&mut self, bytes: &[u8], full: bool) {
+        let taken = self.write(bytes);
+        let rest = bytes.get(taken..).unwrap_or_default();
+        if rest.is_empty() {
+            if full && (READ_SIZE_MIN << self.appetite) < READ_SIZE_MAX {
+                self.appetite += 1;
+            }
+        } else if !self.broken {
+            self.appetite = 0;
+            self.leftover = Some(Box::new(Leftover {
+                bytes: rest.to_vec(),
+                written: 0,
+            }));
+        }
+    }
+
+    fn write_leftover(&mut self) {
+        if !self.writable {
+            return;
+        }
+        let Some(mut leftover) = self.leftover.take() else {
+            return;
+        };
+        let rest = leftover.bytes.get(leftover.written..).unwrap_or_default();
+        let left = rest.len();
+        let taken = self.write(rest);
+        leftover.written += taken;
+        if taken < left && !self.broken {
+            self.leftover = Some(leftover);
+        }
+    }
+
+    /// Writes what is taken at once, and tells how much that was.
+    fn write(&mut self, bytes: &[u8]) -> usize {
+        let mut taken = 0;
+        while let Some(rest @ [_, ..]) = bytes.get(taken..) {
+            match send(&self.socket, rest, SendFlags::NOSIGNAL) {
+                Ok(length) => taken += length,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    self.writable = false;
+                    break;
+                }
+                Err(_) => {
+                    self.broken = true;
+                    break;
+                }
+            }
+        }
+        taken
+    }
+
+    fn shut(&mut self) {
+        if !self.shut {
+            self.shut = true;
+            // It fails only where the peer is gone, which the next read tells.
+            let _ = shutdown(&self.socket, Shutdown::Write);
+        }
+    }
+
+    /// Whether the peer is known not to read any more, though it was not told the end.
+    ///
+    /// Sending nothing asks: sockets look at their state before they look at the length.
+    fn refuses_bytes(&self) -> bool {
+        let asked = || send(&self.socket, &[], SendFlags::NOSIGNAL);
+        !self.shut
+            && matches!(
+                asked(),
+                Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN)
+            )
+    }
+}
+
+/// Makes the coming close of a TCP connection a reset; a Unix socket has none, and stays as it is.
+pub fn reset(socket: impl AsFd) {
+    // It fails only where there is no connection any more.
+    let _ = sockopt::set_socket_linger(socket, Some(Duration::ZERO));
+}
