@@ -1,6 +1,7 @@
 //! How an agent is reached: one way for every kind of machine.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::thread;
@@ -26,6 +27,15 @@ impl Link {
         match self {
             Self::Machine(vsock) => vsock.connect(port),
             Self::Socket(path) => connect_line(UnixStream::connect(path)?, port),
+        }
+    }
+
+    /// Makes `stream` and a new connection to `port` of the guest one, whose first bytes are
+    /// `prelude`. Does not wait for the guest; a connection that fails resets `stream`.
+    pub fn join(&self, port: u32, prelude: Vec<u8>, stream: OwnedFd) -> io::Result<()> {
+        match self {
+            Self::Machine(vsock) => vsock.join(port, prelude, stream),
+            Self::Socket(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 }

@@ -18,7 +18,7 @@ use super::packet::{
     VIRTIO_VSOCK_SHUTDOWN_BOTH, VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE, VIRTIO_VSOCK_SHUTDOWN_F_SEND,
     VIRTIO_VSOCK_TYPE_STREAM,
 };
-use super::stream::{Direction, HostStream};
+use super::stream::HostStream;
 use super::{HOST_CID, mux::table::Key};
 
 /// Bytes asked of the host stream at first, and after it gave less than it was asked for.
@@ -178,9 +178,14 @@ impl Connection {
 
     /// The guest closed one direction or both; true when nothing is left to do but to confirm.
     pub fn shut_by_guest(&mut self, flags: u32) -> bool {
-        self.guest_shutdown |= flags & VIRTIO_VSOCK_SHUTDOWN_BOTH;
+        let flags = flags & VIRTIO_VSOCK_SHUTDOWN_BOTH;
+        if flags == VIRTIO_VSOCK_SHUTDOWN_BOTH && self.is_unfinished() {
+            // There is no end to pass on: the guest's socket was closed in the middle of its data.
+            return true;
+        }
+        self.guest_shutdown |= flags;
         if self.guest_shutdown & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE != 0 {
-            self.stream.shutdown(Direction::Read);
+            self.stream.end_read();
         }
         self.pass_on_end();
         if self.host_shutdown & VIRTIO_VSOCK_SHUTDOWN_F_SEND != 0 {
@@ -216,7 +221,9 @@ impl Connection {
     pub fn host_takes_no_more(&mut self) {
         self.credit.forwarded(self.backlog.len() as u32);
         self.backlog.consume(self.backlog.len());
-        self.shut_host(VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE);
+        if self.guest_shutdown & VIRTIO_VSOCK_SHUTDOWN_F_SEND == 0 {
+            self.shut_host(VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE);
+        }
     }
 
     /// The far end has written all it will write.
@@ -315,21 +322,37 @@ impl Connection {
     /// The guest knows nothing of this connection any more. True when bytes that it sent still
     /// have to go to the host stream.
     pub fn linger(&mut self) -> bool {
+        let lost = self.stream.hung_up || self.is_unfinished() || self.backlog.is_empty();
         self.pending = Pending::default();
         self.deadline = None;
         // A request that was never answered is answered here, by dropping its completion.
         self.state = State::Lingering;
         self.guest_shutdown = VIRTIO_VSOCK_SHUTDOWN_BOTH;
-        !self.backlog.is_empty() && !self.stream.hung_up
+        !lost
     }
 
     /// Takes the connection apart when its device goes away: what the host's reader has not taken.
     pub fn into_last_words(self) -> Option<LastWords> {
-        let lost = self.stream.hung_up || self.backlog.is_empty();
+        let lost = self.stream.hung_up || self.is_unfinished() || self.backlog.is_empty();
         (!lost).then_some(LastWords {
             stream: self.stream,
             backlog: self.backlog,
         })
+    }
+
+    /// Whether the end of the connection now is a reset for the host stream: the guest has not
+    /// said that its data is complete.
+    fn is_unfinished(&self) -> bool {
+        self.stream.resets() && self.guest_shutdown & VIRTIO_VSOCK_SHUTDOWN_F_SEND == 0
+    }
+
+    /// Whether the end of the host stream is a reset for the guest: the far end has gone before it
+    /// saw the guest's end, and nothing that it had sent is left to be read.
+    pub fn is_cut_off(&self) -> bool {
+        let all_read = self.host_shutdown & VIRTIO_VSOCK_SHUTDOWN_F_SEND != 0
+            || self.guest_shutdown & VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE != 0;
+        let established = matches!(self.state, State::Established);
+        established && self.stream.resets() && self.stream.hung_up && all_read
     }
 
     /// Whether a lingering connection has nothing left to do.
@@ -361,9 +384,10 @@ impl Connection {
         if self.guest_shutdown & VIRTIO_VSOCK_SHUTDOWN_F_SEND != 0
             && self.backlog.is_empty()
             && !self.write_closed
+            && !self.stream.hung_up
         {
             self.write_closed = true;
-            self.stream.shutdown(Direction::Write);
+            self.stream.end_write();
         }
     }
 

@@ -11,6 +11,10 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::counters::Counters;
+use super::stream::reset_on_close;
+
+/// The most bytes that can precede a stream's own ([`VsockHandle::join`]).
+pub const MAX_PRELUDE: usize = 64 << 10;
 
 /// Why a connection into the guest was not made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -73,11 +77,20 @@ impl fmt::Debug for Completion {
     }
 }
 
+/// What a host stream is to its connection.
+pub(super) enum Join {
+    /// The stream ends however the guest ends.
+    Plain,
+    /// A reset is passed on, both ways; these bytes go to the guest first.
+    Abortive(Vec<u8>),
+}
+
 /// What a handle asks of the device's thread.
 pub(super) enum Command {
     Connect {
         port: u32,
         stream: OwnedFd,
+        how: Join,
         completion: Completion,
     },
     Listen {
@@ -124,7 +137,7 @@ impl VsockHandle {
         Ok(near)
     }
 
-    /// Joins `stream` (a connected Unix or TCP stream socket) to a new connection to `port` of
+    /// Joins `stream` (a connected TCP, Unix or AF_VSOCK stream socket) to a new connection to `port` of
     /// the guest and calls `answer` when the guest has accepted or refused: exactly once, on the
     /// device's thread, before any data from the guest is written to the stream.
     ///
@@ -138,6 +151,52 @@ impl VsockHandle {
         self.send(Command::Connect {
             port,
             stream: stream.into(),
+            how: Join::Plain,
+            completion: Completion::new(Box::new(answer)),
+        })
+    }
+
+    /// Makes `stream` and a new connection to `port` of the guest one: the guest gets `prelude`
+    /// (at most [`MAX_PRELUDE`] bytes) and then what `stream` gives. `stream` is a connected TCP,
+    /// Unix or AF_VSOCK stream socket.
+    ///
+    /// A reset is passed on both ways, besides the orderly end of either direction. Where the guest
+    /// refuses, does not answer, resets the connection or closes it without having ended its data
+    /// first (shutdown for writing), and where the device is reset, a TCP `stream` is reset; a
+    /// Unix or AF_VSOCK one is closed without having been shut down for writing. Where `stream`
+    /// breaks, or is closed by its far end before that has seen the guest's end, the guest gets a
+    /// reset after what `stream` had left to give.
+    ///
+    /// Fails with InvalidInput where `prelude` is too long, and with BrokenPipe where the device
+    /// is gone. `stream` is reset then too.
+    pub fn join(&self, port: u32, prelude: Vec<u8>, stream: impl Into<OwnedFd>) -> io::Result<()> {
+        self.join_with(port, prelude, stream, |_| ())
+    }
+
+    /// As [`VsockHandle::join`], and calls `answer` as [`VsockHandle::connect_with`] does.
+    pub fn join_with(
+        &self,
+        port: u32,
+        prelude: Vec<u8>,
+        stream: impl Into<OwnedFd>,
+        answer: impl FnOnce(Result<u32, ConnectError>) + Send + 'static,
+    ) -> io::Result<()> {
+        let stream = stream.into();
+        // From here on, so that it is reset wherever the request is lost.
+        reset_on_close(&stream)?;
+        if prelude.len() > MAX_PRELUDE {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!(
+                    "{} bytes cannot precede a stream to the guest: at most {MAX_PRELUDE} can",
+                    prelude.len()
+                ),
+            ));
+        }
+        self.send(Command::Connect {
+            port,
+            stream,
+            how: Join::Abortive(prelude),
             completion: Completion::new(Box::new(answer)),
         })
     }

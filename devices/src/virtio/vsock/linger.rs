@@ -35,7 +35,11 @@ impl LastWords {
                 Err(_) => return true,
             }
         }
-        self.backlog.is_empty()
+        let done = self.backlog.is_empty();
+        if done {
+            self.stream.end_write();
+        }
+        done
     }
 }
 

@@ -15,7 +15,6 @@ mod handle;
 mod linger;
 mod mux;
 mod packet;
-
 mod stream;
 pub mod uds;
 mod worker;
@@ -30,7 +29,7 @@ use super::{ActivateError, Activation, VirtioDevice, read_config_bytes};
 use crate::worker::Worker;
 
 pub use self::counters::Counters;
-pub use self::handle::{Answer, ConnectError, Fallback, Service, VsockHandle};
+pub use self::handle::{Answer, ConnectError, Fallback, MAX_PRELUDE, Service, VsockHandle};
 pub use self::mux::{Mux, VsockQueue};
 
 /// The host's context id (`VMADDR_CID_HOST`).

@@ -31,7 +31,7 @@ use self::table::{Key, Table};
 use self::to_guest::RxEnd;
 use super::connection::{Connection, State};
 use super::counters::Counters;
-use super::handle::{Command, Completion, ConnectError, Fallback, Service, VsockHandle};
+use super::handle::{Command, Completion, ConnectError, Fallback, Join, Service, VsockHandle};
 use super::stream::HostStream;
 use super::{HOST_CID, VsockConfig, linger};
 
@@ -221,19 +221,15 @@ impl Mux {
         let Some(connection) = self.table.get_mut(index) else {
             return;
         };
-        let hung_up = events.intersects(EventSet::HANG_UP | EventSet::ERROR);
-        if hung_up || events.intersects(EventSet::IN | EventSet::READ_HANG_UP) {
-            connection.stream.readable = true;
-        }
-        if hung_up {
-            connection.stream.hung_up = true;
+        connection.stream.note(events);
+        if connection.stream.hung_up {
             connection.host_takes_no_more();
-        } else if events.contains(EventSet::OUT) {
-            connection.stream.writable = true;
         }
         connection.flush();
         if connection.is_done() {
             self.remove(index);
+        } else if connection.is_cut_off() {
+            self.abort(index);
         } else {
             self.schedule(index);
         }
@@ -244,8 +240,9 @@ impl Mux {
             Command::Connect {
                 port,
                 stream,
+                how,
                 completion,
-            } => self.connect(port, stream, completion),
+            } => self.connect(port, stream, how, completion),
             Command::Listen { port, service } => {
                 self.services.insert(port, service);
             }
@@ -256,8 +253,12 @@ impl Mux {
         }
     }
 
-    fn connect(&mut self, guest_port: u32, stream: OwnedFd, completion: Completion) {
-        let stream = match HostStream::new(stream) {
+    fn connect(&mut self, guest_port: u32, stream: OwnedFd, how: Join, completion: Completion) {
+        let stream = match how {
+            Join::Plain => HostStream::new(stream),
+            Join::Abortive(prelude) => HostStream::abortive(stream, prelude),
+        };
+        let stream = match stream {
             Ok(stream) => stream,
             Err(error) => {
                 tracing::warn!("a stream cannot be joined to guest port {guest_port}: {error}");

@@ -6,49 +6,117 @@
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::time::Duration;
+
+use rustix::net::{AddressFamily, SendFlags, Shutdown, SocketType, sockopt};
+use vm_memory::VolatileSlice;
+use vmm_sys_util::epoll::EventSet;
 
 use super::packet::GuestIoVec;
 
-/// A stream socket (Unix or TCP) and what is known about its readiness.
+/// A stream socket (TCP, Unix or AF_VSOCK) and what is known about its readiness.
 #[derive(Debug)]
 pub(super) struct HostStream {
     socket: OwnedFd,
+    /// What is read before anything that the socket gives.
+    prelude: Prelude,
     /// A read may give something.
     pub readable: bool,
     /// A write may take something.
     pub writable: bool,
-    /// The far end is closed in both directions, or broken.
+    /// The far end is closed in both directions, or broken. What it had sent may be unread.
     pub hung_up: bool,
+    /// Closing the socket resets it, until the guest has ended in order.
+    resets: bool,
+    family: AddressFamily,
 }
 
-/// A direction for shutdown(2).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Direction {
-    Read,
-    Write,
+/// Bytes that precede a stream's own.
+#[derive(Debug, Default)]
+struct Prelude {
+    bytes: Box<[u8]>,
+    read: usize,
+}
+
+impl Prelude {
+    fn rest(&self) -> &[u8] {
+        self.bytes.get(self.read..).unwrap_or(&[])
+    }
+
+    fn consume(&mut self, count: usize) {
+        self.read += count;
+        if self.rest().is_empty() {
+            *self = Self::default();
+        }
+    }
 }
 
 impl HostStream {
     /// Takes `socket` over; refuses what is not a stream socket.
     pub fn new(socket: OwnedFd) -> io::Result<Self> {
-        let kind = rustix::net::sockopt::socket_type(&socket)?;
-        if kind != rustix::net::SocketType::STREAM {
+        if sockopt::socket_type(&socket)? != SocketType::STREAM {
             return Err(io::Error::new(
                 ErrorKind::InvalidInput,
                 "only stream sockets can be joined to a vsock connection",
             ));
         }
+        let family = sockopt::socket_domain(&socket)?;
+        if matches!(family, AddressFamily::INET | AddressFamily::INET6)
+            // The guest decided what makes a packet; waiting for more would only add delay.
+            && let Err(error) = sockopt::set_tcp_nodelay(&socket, true)
+        {
+            tracing::debug!("a vsock host stream may be slow with small writes: {error}");
+        }
         Ok(Self {
             socket,
+            prelude: Prelude::default(),
             readable: true,
             writable: true,
             hung_up: false,
+            resets: false,
+            family,
         })
+    }
+
+    /// As [`HostStream::new`], with bytes that are read first; the socket is reset when it is
+    /// closed, until [`HostStream::end_write`].
+    pub fn abortive(socket: OwnedFd, prelude: Vec<u8>) -> io::Result<Self> {
+        reset_on_close(&socket)?;
+        let mut stream = Self::new(socket)?;
+        stream.prelude.bytes = prelude.into_boxed_slice();
+        stream.resets = true;
+        Ok(stream)
+    }
+
+    /// Whether closing the stream now is a reset for its far end.
+    pub fn resets(&self) -> bool {
+        self.resets
+    }
+
+    /// Takes over what an event says.
+    pub fn note(&mut self, events: EventSet) {
+        self.hung_up |= events.intersects(EventSet::HANG_UP | EventSet::ERROR)
+            || events.contains(EventSet::READ_HANG_UP) && self.is_abandoned();
+        self.readable |= self.hung_up || events.intersects(EventSet::IN | EventSet::READ_HANG_UP);
+        self.writable |= events.contains(EventSet::OUT);
+    }
+
+    /// Whether the far end of an AF_VSOCK stream takes nothing any more: poll does not say that,
+    /// as long as our end is not shut down itself.
+    fn is_abandoned(&self) -> bool {
+        self.family == AddressFamily::VSOCK
+            && rustix::net::send(&self.socket, &[], SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
+                .is_err_and(|error| error != rustix::io::Errno::AGAIN)
     }
 
     /// Reads into guest memory. `WouldBlock` and `Interrupted` are told apart by the caller;
     /// 0 is the end of the stream, unless `into` has no room.
     pub fn read(&mut self, into: &GuestIoVec<'_>) -> io::Result<usize> {
+        if !self.prelude.rest().is_empty() {
+            let copied = copy(self.prelude.rest(), into);
+            self.prelude.consume(copied);
+            return Ok(copied);
+        }
         let mut message = message(into.as_raw());
         let result = retry(|| {
             // SAFETY: `message` names `msg_iovlen` iovecs that live until the call returns; each
@@ -96,18 +164,49 @@ impl HostStream {
         result
     }
 
+    /// Reads no more.
+    pub fn end_read(&self) {
+        self.shutdown(Shutdown::Read);
+    }
+
+    /// Passes on the end of what is written: from here on, closing the socket is no reset.
+    pub fn end_write(&mut self) {
+        self.shutdown(Shutdown::Write);
+        if std::mem::take(&mut self.resets)
+            && let Err(error) = sockopt::set_socket_linger(&self.socket, None)
+        {
+            tracing::debug!("a vsock host stream will be reset though it ended: {error}");
+        }
+    }
+
     /// Closes one direction. A far end that is gone already is no error.
-    pub fn shutdown(&self, direction: Direction) {
-        let how = match direction {
-            Direction::Read => rustix::net::Shutdown::Read,
-            Direction::Write => rustix::net::Shutdown::Write,
-        };
+    fn shutdown(&self, how: Shutdown) {
         if let Err(error) = rustix::net::shutdown(&self.socket, how)
             && error != rustix::io::Errno::NOTCONN
         {
             tracing::debug!("a vsock host stream refused shutdown: {error}");
         }
     }
+}
+
+/// Makes the close of `socket` a reset where it is TCP. For Unix and AF_VSOCK streams a close
+/// without shutdown before it says the same; the option means nothing to them.
+pub(super) fn reset_on_close(socket: &OwnedFd) -> io::Result<()> {
+    Ok(sockopt::set_socket_linger(socket, Some(Duration::ZERO))?)
+}
+
+/// Copies as much of `bytes` as there is room for.
+fn copy(bytes: &[u8], into: &GuestIoVec<'_>) -> usize {
+    let mut copied = 0;
+    for piece in into.as_raw() {
+        // SAFETY: the piece was made from a `VolatileSlice` whose guest memory stays mapped and
+        // writable for the lifetime that `into` carries.
+        let room = unsafe { VolatileSlice::new(piece.iov_base.cast(), piece.iov_len) };
+        let rest = bytes.get(copied..).unwrap_or(&[]);
+        room.copy_from(rest);
+        copied += rest.len().min(piece.iov_len);
+    }
+    copied
 }
 
 impl AsRawFd for HostStream {

@@ -12,6 +12,7 @@ use crate::testing::{Buffer, MockDriver, PATIENCE};
 
 mod flow;
 mod hostile;
+mod join;
 mod lifecycle;
 mod uds;
 

@@ -127,7 +127,7 @@ impl Mux {
             }
             VIRTIO_VSOCK_OP_SHUTDOWN => {
                 if connection.shut_by_guest(header.flags) {
-                    // Both directions are closed: the reset is what the guest waits for.
+                    // The guest closed its socket: the reset is what it waits for.
                     return self.abort(index);
                 }
                 Ok(())

@@ -196,6 +196,9 @@ fn serve(
         Ok(0) => {
             rx.batch.cancel(rx.queue);
             connection.host_ended();
+            if connection.is_cut_off() {
+                return Ok(Served::Broken);
+            }
         }
         Ok(bytes) => {
             rx.send(
