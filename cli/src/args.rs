@@ -27,6 +27,9 @@ pub struct Cli {
 pub enum Command {
     /// Boot a machine, run a command in it, and exit with the command's exit code
     Run(Box<RunArgs>),
+    /// Own the VMM of a machine for an mvm on the host (started by mvm itself)
+    #[command(hide = true)]
+    Runner(Box<RunArgs>),
     /// Manage the kernels that machines boot
     #[command(subcommand)]
     Kernel(KernelCommand),

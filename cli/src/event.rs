@@ -10,7 +10,8 @@ use std::thread;
 use agent::protocol::{FromSession, Hello};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
-use vmm::Outcome;
+
+use crate::instance::Ended;
 
 /// Something happened.
 #[derive(Debug)]
@@ -24,7 +25,7 @@ pub enum Event {
     /// One of the session's output streams ended and all of it was written.
     OutputDone,
     /// The machine ended.
-    Machine(Outcome),
+    Machine(Ended),
 }
 
 /// Turns the signals that concern a running command into events, for the rest of the process.

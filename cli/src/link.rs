@@ -4,10 +4,14 @@ use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::thread;
 
 use agent::protocol::{self, HELLO_PORT, Hello};
 use devices::virtio::vsock::VsockHandle;
+
+use crate::accel::join::Joiner;
+use crate::instance::Relay;
 
 /// The longest answer to a CONNECT line.
 const MAX_ANSWER: u64 = 64;
@@ -19,6 +23,8 @@ pub enum Link {
     Machine(VsockHandle),
     /// Another process owns the machine and offers its ports at this Unix socket.
     Socket(PathBuf),
+    /// The machine is in the outer Linux, behind its runner.
+    Relayed(Arc<Relayed>),
 }
 
 impl Link {
@@ -27,6 +33,7 @@ impl Link {
         match self {
             Self::Machine(vsock) => vsock.connect(port),
             Self::Socket(path) => connect_line(UnixStream::connect(path)?, port),
+            Self::Relayed(relayed) => relayed.open(&Relay::Dial(port)),
         }
     }
 
@@ -37,6 +44,41 @@ impl Link {
             Self::Machine(vsock) => vsock.join(port, prelude, stream),
             Self::Socket(_) => Err(io::ErrorKind::Unsupported.into()),
         }
+    }
+}
+
+/// The way to a machine in the outer Linux.
+#[derive(Debug)]
+pub struct Relayed {
+    /// Where the outer Linux offers its own ports.
+    socket: PathBuf,
+    joiner: Joiner,
+    /// The runner's port there.
+    port: u32,
+}
+
+impl Relayed {
+    /// The machine whose runner takes connections at `port` of the outer Linux at `socket`.
+    pub fn new(socket: PathBuf, joiner: Joiner, port: u32) -> Self {
+        Self {
+            socket,
+            joiner,
+            port,
+        }
+    }
+
+    /// Opens a stream that the runner makes what `relay` says.
+    pub fn open(&self, relay: &Relay) -> io::Result<UnixStream> {
+        let stream = connect_line(UnixStream::connect(&self.socket)?, self.port)?;
+        protocol::send(&stream, relay)?;
+        Ok(stream)
+    }
+
+    fn join(&self, port: u32, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
+        let mut bytes = Vec::new();
+        protocol::send(&mut bytes, &Relay::Dial(port))?;
+        bytes.extend_from_slice(prelude);
+        self.joiner.join(self.port, &bytes, stream)
     }
 }
 

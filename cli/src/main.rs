@@ -9,6 +9,7 @@ mod console;
 mod dirs;
 mod event;
 mod guest;
+mod instance;
 mod kernel;
 mod link;
 mod lock;
@@ -38,7 +39,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse_from(&arguments);
     watch_log(matches!(&cli.command, Command::Run(run) if run.verbose));
     report(match cli.command {
-        Command::Run(run) => cmd::run::run(&run, &arguments),
+        Command::Run(run) => cmd::run::run(&run, arguments.get(2..).unwrap_or_default()),
+        Command::Runner(run) => instance::runner::run(&run),
         Command::Kernel(command) => cmd::kernel::run(command),
         Command::Accel(command) => cmd::accel::run(command),
         Command::Doctor(doctor) => cmd::doctor::run(&doctor),

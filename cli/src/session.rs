@@ -21,6 +21,48 @@ use crate::link::Link;
 /// Bytes copied at a time.
 const CHUNK: usize = 256 << 10;
 
+/// The connections of a command that an agent was asked for, nothing read from any yet.
+#[derive(Debug)]
+pub struct Streams {
+    /// What the agent reports, and takes signals and sizes from.
+    pub control: UnixStream,
+    /// Where the command does not run on a terminal, and reads its input.
+    pub stdin: Option<UnixStream>,
+    /// Where the command does not run on a terminal.
+    pub stdout: Option<UnixStream>,
+    /// Where the command does not run on a terminal.
+    pub stderr: Option<UnixStream>,
+    /// Where it does.
+    pub terminal: Option<UnixStream>,
+    reads_input: bool,
+}
+
+impl Streams {
+    /// Asks the agent behind `link` to run `exec`, and opens all that the command needs.
+    pub fn open(link: &Link, exec: Exec) -> io::Result<Self> {
+        let mut control = link.connect(AGENT_PORT)?;
+        let (session, on_terminal, reads_input) =
+            (exec.session, exec.terminal.is_some(), exec.stdin);
+        protocol::send(&mut control, &Open::Exec(exec))?;
+        let open = |wanted: bool, kind| -> io::Result<Option<UnixStream>> {
+            if !wanted {
+                return Ok(None);
+            }
+            let mut stream = link.connect(AGENT_PORT)?;
+            protocol::send(&mut stream, &Open::Stream { session, kind })?;
+            Ok(Some(stream))
+        };
+        Ok(Self {
+            control,
+            stdin: open(!on_terminal && reads_input, StreamKind::Stdin)?,
+            stdout: open(!on_terminal, StreamKind::Stdout)?,
+            stderr: open(!on_terminal, StreamKind::Stderr)?,
+            terminal: open(on_terminal, StreamKind::Terminal)?,
+            reads_input,
+        })
+    }
+}
+
 /// A command that runs in a guest, or is about to.
 #[derive(Debug)]
 pub struct Session {
@@ -36,30 +78,24 @@ impl Session {
     /// What becomes of it arrives at `events`: [`Event::Session`], and [`Event::OutputDone`] once for
     /// each of [`Session::outputs`].
     pub fn start(link: &Link, exec: Exec, events: &Sender<Event>) -> io::Result<Self> {
-        let mut control = link.connect(AGENT_PORT)?;
-        let first_output = Arc::new(OnceLock::new());
-        let (session, terminal, stdin) = (exec.session, exec.terminal.is_some(), exec.stdin);
-        protocol::send(&mut control, &Open::Exec(exec))?;
-
-        let open = |kind| -> io::Result<UnixStream> {
-            let mut stream = link.connect(AGENT_PORT)?;
-            protocol::send(&mut stream, &Open::Stream { session, kind })?;
-            Ok(stream)
-        };
         // All connections are open before the first byte is taken from standard input: a start that
         // fails has consumed nothing.
-        let (input, outputs) = if terminal {
-            let stream = open(StreamKind::Terminal)?;
-            let keyboard = stdin.then(|| stream.try_clone()).transpose()?;
-            (keyboard, vec![(stream, rustix::stdio::stdout())])
-        } else {
-            let input = stdin.then(|| open(StreamKind::Stdin)).transpose()?;
-            let stdout = (open(StreamKind::Stdout)?, rustix::stdio::stdout());
-            let stderr = (open(StreamKind::Stderr)?, rustix::stdio::stderr());
-            (input, vec![stdout, stderr])
+        let streams = Streams::open(link, exec)?;
+        let first_output = Arc::new(OnceLock::new());
+        let mut outputs = Vec::new();
+        let terminal = streams.terminal.is_some();
+        let input = match streams.terminal {
+            Some(stream) => {
+                let keyboard = stream.try_clone()?;
+                outputs.push((stream, rustix::stdio::stdout()));
+                streams.reads_input.then_some(keyboard)
+            }
+            None => streams.stdin,
         };
+        outputs.extend(streams.stdout.map(|from| (from, rustix::stdio::stdout())));
+        outputs.extend(streams.stderr.map(|from| (from, rustix::stdio::stderr())));
         let session = Self {
-            control: control.try_clone()?,
+            control: streams.control.try_clone()?,
             outputs: outputs.len(),
             terminal,
             first_output: first_output.clone(),
@@ -74,7 +110,7 @@ impl Session {
                 let _ = events.send(Event::OutputDone);
             })?;
         }
-        let events = events.clone();
+        let (control, events) = (streams.control, events.clone());
         spawn("session", move || read_replies(control, &events))?;
         Ok(session)
     }

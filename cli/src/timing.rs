@@ -1,24 +1,18 @@
 //! `mvm run --timing`: where the time between typing and output went.
 
 use std::fmt;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
-/// In the environment of an mvm in the outer Linux: when the one on the host started, in
-/// microseconds since 1970.
-pub const STARTED_VARIABLE: &str = "MVM_STARTED_US";
+use crate::instance::SetUp;
 
 /// The moments that matter, as they pass.
 #[derive(Debug)]
 pub struct Timing {
     start: Instant,
-    /// Between the start on the host and `start`, where this mvm runs in the outer Linux.
-    accel: Option<Duration>,
-    /// Host, kernel and files were found, the guest's files packed.
-    pub resolved: Option<Instant>,
-    /// The machine was set up.
+    /// Where the time of the machine's making went, wherever it was made.
+    pub set_up: Option<SetUp>,
+    /// The machine was made.
     pub launched: Option<Instant>,
-    /// Where that time went.
-    pub launch: Option<vmm::Timings>,
     /// The agent's own part until it was ready.
     pub agent: Option<Duration>,
     /// The agent said that it was ready.
@@ -34,17 +28,10 @@ pub struct Timing {
 impl Timing {
     /// Starts the watch.
     pub fn start() -> Self {
-        let accel = std::env::var(STARTED_VARIABLE)
-            .ok()
-            .and_then(|value| value.parse().ok())
-            .map(Duration::from_micros)
-            .and_then(|started| since_epoch().checked_sub(started));
         Self {
             start: Instant::now(),
-            accel,
-            resolved: None,
+            set_up: None,
             launched: None,
-            launch: None,
             agent: None,
             ready: None,
             first_output: None,
@@ -52,17 +39,6 @@ impl Timing {
             ended: None,
         }
     }
-}
-
-/// Microseconds since 1970, to be handed to an mvm elsewhere.
-pub fn now_us() -> String {
-    since_epoch().as_micros().to_string()
-}
-
-fn since_epoch() -> Duration {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default()
 }
 
 impl fmt::Display for Timing {
@@ -73,14 +49,16 @@ impl fmt::Display for Timing {
         };
         let between = |from: Option<Instant>, to: Option<Instant>| Some(to?.duration_since(from?));
         let start = Some(self.start);
-        line("outer Linux", self.accel)?;
-        line("preparation", between(start, self.resolved))?;
-        line("VMM set-up", between(self.resolved, self.launched))?;
-        if let Some(launch) = self.launch {
-            line("· memory, VM", Some(launch.vm))?;
-            line("· devices", Some(launch.devices))?;
-            line("· kernel, files", Some(launch.kernel))?;
-            line("· vCPUs", Some(launch.vcpus))?;
+        if let (Some(set_up), Some(before)) = (self.set_up, between(start, self.launched)) {
+            let vmm = set_up.vm + set_up.devices + set_up.kernel + set_up.vcpus;
+            // What was done on the host, and in the outer Linux where there is one.
+            line("preparation", before.checked_sub(vmm))?;
+            line("· of the guest", Some(set_up.preparation))?;
+            line("VMM set-up", Some(vmm))?;
+            line("· memory, VM", Some(set_up.vm))?;
+            line("· devices", Some(set_up.devices))?;
+            line("· kernel, files", Some(set_up.kernel))?;
+            line("· vCPUs", Some(set_up.vcpus))?;
         }
         // The guest's clock starts late in its kernel's own start, so only the agent counts by it.
         let boot = between(self.launched, self.ready);
@@ -90,11 +68,7 @@ impl fmt::Display for Timing {
         )?;
         line("agent", self.agent)?;
         line("command", between(self.ready, self.first_output))?;
-        let first = between(start, self.first_output);
-        line(
-            "first output",
-            first.map(|t| t + self.accel.unwrap_or_default()),
-        )?;
+        line("first output", between(start, self.first_output))?;
         line("command ended", between(start, self.exited))?;
         line("machine ended", between(start, self.ended))
     }

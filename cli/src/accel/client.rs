@@ -6,7 +6,7 @@ use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::mpsc::{self, Sender};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use agent::protocol::{Exec, FromSession, WindowSize};
@@ -14,23 +14,23 @@ use anyhow::{Context, Result, bail};
 use signal_hook::consts::SIGWINCH;
 
 use super::state::Files;
-use super::tap::HostTap;
-use super::{OUTER_VARIABLE, outer, supervisor, tap};
+use super::{OUTER_VARIABLE, outer, supervisor};
 use crate::cmd::run::refusal_code;
 use crate::event::{self, Event};
 use crate::link::Link;
-use crate::session::{self, Session};
+use crate::session::{self, Session, Streams};
 use crate::terminal::{self, RawMode};
-use crate::timing;
 
 /// Longer than what an mvm in the outer Linux gives its machine, so that it is the one to use force.
 const GRACE: Duration = Duration::from_secs(25);
 
-/// How to run this program in the outer Linux with `arguments` (the first of which is its name).
-pub fn this_program(arguments: &[OsString], terminal: Option<WindowSize>) -> Exec {
-    let mut argv = vec![OsString::from(outer::PROGRAM)];
-    argv.extend_from_slice(arguments.get(1..).unwrap_or_default());
-    exec(&argv, terminal)
+/// How to run the `verb` of this program in the outer Linux, with `words` behind it and all of its streams.
+pub fn this_program(verb: &str, words: &[OsString]) -> Exec {
+    let mut argv = vec![OsString::from(outer::PROGRAM), verb.into()];
+    argv.extend_from_slice(words);
+    let mut exec = exec(&argv, None);
+    exec.stdin = true;
+    exec
 }
 
 /// How to run `argv` in the outer Linux, as it would run here.
@@ -38,12 +38,7 @@ pub fn exec(argv: &[OsString], terminal: Option<WindowSize>) -> Exec {
     let mut env: Vec<_> = env::vars_os()
         .map(|(name, value)| (name.into_vec(), value.into_vec()))
         .collect();
-    for (name, value) in [
-        (OUTER_VARIABLE, "1".to_owned()),
-        (timing::STARTED_VARIABLE, timing::now_us()),
-    ] {
-        env.push((name.into(), value.into()));
-    }
+    env.push((OUTER_VARIABLE.into(), b"1".to_vec()));
     Exec {
         session: session::fresh_id(),
         argv: argv.iter().map(|word| word.as_bytes().to_vec()).collect(),
@@ -59,17 +54,14 @@ pub fn exec(argv: &[OsString], terminal: Option<WindowSize>) -> Exec {
     }
 }
 
-/// Runs `exec` in the outer Linux and returns its exit code; `reason` says why it is not KVM's. `tap` is
-/// the interface for the machine that `exec` makes.
-pub fn run(reason: &str, mut exec: Exec, tap: Option<HostTap>) -> Result<ExitCode> {
+/// Runs `exec` in the outer Linux and returns its exit code; `reason` says why it is not KVM's.
+pub fn run(reason: &str, exec: Exec) -> Result<ExitCode> {
     let (events, inbox) = mpsc::channel();
     event::watch_signals(events.clone()).context("signals cannot be watched")?;
     let files = Files::of_this_program()?;
-    let tap = tap.map(|tap| tap.offer(&files.socket())).transpose()?;
-    if let Some(tap) = &tap {
-        exec.env.push((tap::VARIABLE.into(), tap.variable().into()));
-    }
-    let mut session = start_session(&files, reason, exec, &events)?;
+    let mut session = with_outer(&files, reason, exec, |link, exec| {
+        Session::start(link, exec, &events)
+    })?;
 
     let mut raw = None;
     let mut code = None;
@@ -118,21 +110,26 @@ pub fn run(reason: &str, mut exec: Exec, tap: Option<HostTap>) -> Result<ExitCod
     }
 }
 
-/// Starts the session, and the outer Linux where need be: again where it ended just then, which it does
+/// Opens a session of the outer Linux, which is started where need be.
+pub fn open_session(files: &Files, reason: &str, exec: Exec) -> Result<Streams> {
+    with_outer(files, reason, exec, Streams::open)
+}
+
+/// Starts a session, and the outer Linux where need be: again where it ended just then, which it does
 /// when it has not been used for a while.
-fn start_session(
+fn with_outer<T>(
     files: &Files,
     reason: &str,
     exec: Exec,
-    events: &Sender<Event>,
-) -> Result<Session> {
+    start: impl Fn(&Link, Exec) -> io::Result<T>,
+) -> Result<T> {
     let link = Link::Socket(files.socket());
     ensure_started(files, Some(reason))?;
-    Session::start(&link, exec.clone(), events)
+    start(&link, exec.clone())
         .or_else(|error| {
             tracing::debug!("the outer Linux has gone: {error}");
-            ensure_started(files, Some(reason)).map_err(std::io::Error::other)?;
-            Session::start(&link, exec, events)
+            ensure_started(files, Some(reason)).map_err(io::Error::other)?;
+            start(&link, exec)
         })
         .context("the outer Linux cannot be reached")
 }

@@ -6,6 +6,7 @@
 //! user asks for is run there by this very program, on the host's files at their own paths.
 
 pub mod client;
+pub mod join;
 pub mod outer;
 pub mod qemu;
 pub mod state;

@@ -66,6 +66,11 @@ impl Files {
         self.base.with_extension("sock")
     }
 
+    /// The Unix socket at which streams are handed over, to be joined to the guest's ports.
+    pub fn join(&self) -> PathBuf {
+        self.base.with_extension("join")
+    }
+
     /// The Unix socket between QEMU and the vsock device.
     pub fn vhost(&self) -> PathBuf {
         self.base.with_extension("vhost")
@@ -113,7 +118,7 @@ impl Files {
 
     /// Removes all but the log, which may have to be read, and the locks.
     pub fn clean(&self) {
-        for extension in ["sock", "vhost", "json", "json.new"] {
+        for extension in ["sock", "join", "vhost", "json", "json.new"] {
             remove(&self.base.with_extension(extension));
         }
     }

@@ -22,10 +22,10 @@ use devices::virtio::vsock::{VsockConfig, VsockHandle};
 use rustix::fs::MemfdFlags;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use super::TRAMPOLINE;
 use super::outer::{self, Outer};
 use super::qemu::Emulation;
 use super::state::{Description, Files};
+use super::{TRAMPOLINE, join};
 use crate::console::{Console, Tail};
 use crate::link;
 
@@ -97,6 +97,7 @@ fn supervise(files: &Files) -> Result<End> {
     let result = await_hello(&inbox, &tail).and_then(|kernel| {
         let _ports = VsockUds::bind(files.socket(), vsock.clone())
             .context("the agent's ports cannot be offered")?;
+        join::serve(&files.join(), vsock.clone())?;
         files.describe(&Description {
             pid: std::process::id(),
             kernel,

@@ -39,7 +39,6 @@ pub fn run(command: AccelCommand) -> Result<ExitCode> {
             client::run(
                 "a command for the outer Linux",
                 client::exec(&command, size),
-                None,
             )
         }
     }

@@ -2,14 +2,13 @@
 
 use std::io::{self, Read};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Weak};
 use std::thread;
 
 use anyhow::{Context, Result};
 use signal_hook::consts::SIGINT;
-use vmm::Machine;
 
 use crate::event::Event;
+use crate::instance::Keyboard;
 use crate::terminal;
 
 /// Ctrl-A: the next key is for mvm, as with QEMU.
@@ -18,8 +17,7 @@ const ESCAPE: u8 = 0x01;
 /// Copies standard input to the console of `machine`, in a thread of its own.
 ///
 /// On a terminal, Ctrl-A x ends the machine and Ctrl-A Ctrl-A sends Ctrl-A.
-pub fn feed(machine: &Arc<Machine>, events: &Sender<Event>) -> Result<()> {
-    let machine = Arc::downgrade(machine);
+pub fn feed(mut machine: Keyboard, events: &Sender<Event>) -> Result<()> {
     let events = events.clone();
     let keyboard = terminal::stdin_is_terminal();
     if keyboard {
@@ -28,7 +26,7 @@ pub fn feed(machine: &Arc<Machine>, events: &Sender<Event>) -> Result<()> {
     thread::Builder::new()
         .name("input".into())
         .spawn(move || {
-            if let Err(error) = copy(&machine, &events, keyboard) {
+            if let Err(error) = copy(&mut machine, &events, keyboard) {
                 tracing::debug!("no more input for the console: {error}");
             }
         })
@@ -36,7 +34,7 @@ pub fn feed(machine: &Arc<Machine>, events: &Sender<Event>) -> Result<()> {
     Ok(())
 }
 
-fn copy(machine: &Weak<Machine>, events: &Sender<Event>, keyboard: bool) -> io::Result<()> {
+fn copy(machine: &mut Keyboard, events: &Sender<Event>, keyboard: bool) -> io::Result<()> {
     let mut buffer = [0u8; 4096];
     let mut escaped = false;
     loop {
@@ -58,28 +56,6 @@ fn copy(machine: &Weak<Machine>, events: &Sender<Event>, keyboard: bool) -> io::
                 }
             }
         }
-        give(machine, &input)?;
+        machine.give(&input)?;
     }
-}
-
-/// Gives all of `input` to the serial port, waiting while its FIFO is full.
-fn give(machine: &Weak<Machine>, mut input: &[u8]) -> io::Result<()> {
-    while !input.is_empty() {
-        let Some(machine) = machine.upgrade() else {
-            return Ok(());
-        };
-        let taken = machine.console_input(input);
-        input = &input[taken..];
-        if input.is_empty() {
-            break;
-        }
-        let Some(room) = machine.console_room() else {
-            return Ok(());
-        };
-        let room = room.try_clone()?;
-        // Not held while waiting: the guest may never read, and the machine has to be droppable.
-        drop(machine);
-        room.read()?;
-    }
-    Ok(())
 }

@@ -2,28 +2,25 @@
 
 use std::ffi::OsString;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use agent::protocol::{self, AGENT_PORT, FromSession, Hello, Open, Refusal};
 use anyhow::{Context, Result, anyhow, bail};
 use kernels::cache::Cache;
-use kernels::select::Role;
 use signal_hook::consts::{SIGKILL, SIGTERM, SIGWINCH};
-use vmm::{Initrd, Machine, Outcome};
 
 use crate::accel::tap::HostTap;
 use crate::accel::{self, Choice};
 use crate::args::{Net, RunArgs};
 use crate::console::{Console, Tail};
 use crate::event::{self, Event};
-use crate::link::{self, Link};
+use crate::instance::{Ended, Instance, Plan};
+use crate::link::Link;
 use crate::session::Session;
 use crate::terminal::{self, RawMode};
 use crate::timing::Timing;
-use crate::{cmd, kernel, name, prepare, resolve};
+use crate::{cmd, name, prepare, resolve};
 
 /// Between a request to end and the use of force.
 const GRACE: Duration = Duration::from_secs(10);
@@ -37,49 +34,29 @@ const TIMED_OUT: i32 = 124;
 /// Console lines shown when a machine fails.
 const LINES_SHOWN: usize = 20;
 
-/// Runs the machine here, or in the outer Linux where this host's KVM cannot.
-pub fn run(args: &RunArgs, arguments: &[OsString]) -> Result<ExitCode> {
+/// Runs the machine that `args` describe; `words` are the same as typed, without `mvm run`.
+pub fn run(args: &RunArgs, words: &[OsString]) -> Result<ExitCode> {
     let timing = Timing::start();
     let cache = Cache::open()?;
     if !accel::is_outer() {
         prepare::machine(args, &cache)?;
     }
-    match accel::choose(args.host.accel)? {
-        Choice::Kvm => local(args, &cache, timing),
-        Choice::Tcg { reason } => {
-            let tap = match &args.net {
-                Net::None => None,
-                Net::Tap(name) => Some(HostTap::open(name)?),
-            };
-            prepare::outer(args.host.yes, &cache)?;
-            let exec = accel::client::this_program(arguments, resolve::exec(args).terminal);
-            accel::client::run(&reason, exec, tap)
-        }
+    let choice = accel::choose(args.host.accel)?;
+    if let Choice::Tcg { .. } = choice {
+        prepare::outer(args.host.yes, &cache)?;
     }
-}
-
-fn local(args: &RunArgs, cache: &Cache, mut timing: Timing) -> Result<ExitCode> {
     let _claim = args.name.as_deref().map(name::claim).transpose()?;
-    let kernel = kernel::find(cache, args.kernel.as_deref(), Role::Machine)?
-        .context("there is no kernel to boot: fetch one with `mvm kernel fetch`")?;
     let (events, inbox) = mpsc::channel();
     // From here on a signal ends the machine in an orderly way.
     event::watch_signals(events.clone()).context("signals cannot be watched")?;
-    let root = resolve::root(args)?;
-    let mut config = resolve::machine(args, &kernel, &root)?;
-    if config.initrd.is_none() {
-        config.initrd = Some(Initrd::Bytes(resolve::initramfs(
-            args, &kernel, &root, cache,
-        )?));
-    }
     let tail = Tail::default();
-    config.console = Some(Box::new(Console::new(tail.clone(), console_watcher(args))));
-    let has_something_to_write = config.disks.iter().any(|disk| !disk.read_only);
-    timing.resolved = Some(Instant::now());
-    let machine = Arc::new(vmm::prepare(config)?);
-    timing.launch = Some(machine.timings());
-    timing.launched = Some(Instant::now());
-    watch_machine(&machine, &events)?;
+    let plan = Plan {
+        args,
+        words,
+        cache: &cache,
+        console: Box::new(Console::new(tail.clone(), console_watcher(args))),
+    };
+    let machine = launch(plan, choice, &events)?;
     let mut running = Running {
         args,
         machine,
@@ -89,8 +66,9 @@ fn local(args: &RunArgs, cache: &Cache, mut timing: Timing) -> Result<ExitCode> 
         timing,
         deadline: None,
         signalled: None,
-        has_something_to_write,
     };
+    running.timing.set_up = Some(running.machine.set_up());
+    running.timing.launched = Some(Instant::now());
     let code = if args.console || args.initrd.is_some() {
         running.attend_console()
     } else {
@@ -106,6 +84,20 @@ fn local(args: &RunArgs, cache: &Cache, mut timing: Timing) -> Result<ExitCode> 
     ))
 }
 
+/// Makes the machine where `choice` says, and lets it run.
+fn launch(plan: Plan<'_>, choice: Choice, events: &Sender<Event>) -> Result<Instance> {
+    match choice {
+        Choice::Kvm => Instance::here(plan, events),
+        Choice::Tcg { reason } => {
+            let tap = match &plan.args.net {
+                Net::None => None,
+                Net::Tap(name) => Some(HostTap::open(name)?),
+            };
+            Instance::in_outer_linux(plan, &reason, tap, events)
+        }
+    }
+}
+
 /// Who watches the serial console: standard output where it is the interface, standard error beside a command.
 fn console_watcher(args: &RunArgs) -> Option<Box<dyn std::io::Write + Send>> {
     if args.console || args.initrd.is_some() {
@@ -117,31 +109,10 @@ fn console_watcher(args: &RunArgs) -> Option<Box<dyn std::io::Write + Send>> {
     }
 }
 
-/// Turns the end of the machine and the agent's first words into events.
-fn watch_machine(machine: &Arc<Machine>, events: &Sender<Event>) -> Result<()> {
-    let vsock = machine.vsock().context("the machine has no vsock device")?;
-    let said = events.clone();
-    link::listen_for_hello(vsock, move |hello| drop(said.send(Event::Hello(hello))))?;
-    let (watched, ended) = (Arc::downgrade(machine), events.clone());
-    thread::Builder::new()
-        .name("machine".into())
-        .spawn(move || {
-            // Weak: whoever owns the machine must be the one to drop it.
-            while let Some(machine) = watched.upgrade() {
-                if let Some(outcome) = machine.wait_timeout(Duration::from_secs(1)) {
-                    let _ = ended.send(Event::Machine(outcome));
-                    return;
-                }
-            }
-        })?;
-    machine.resume();
-    Ok(())
-}
-
 /// A machine that runs, and who waits for what it does.
 struct Running<'a> {
     args: &'a RunArgs,
-    machine: Arc<Machine>,
+    machine: Instance,
     tail: Tail,
     events: Sender<Event>,
     inbox: Receiver<Event>,
@@ -150,8 +121,6 @@ struct Running<'a> {
     deadline: Option<Instant>,
     /// The first signal that asked for the end.
     signalled: Option<i32>,
-    /// Whether there is a disk that the guest may have changed.
-    has_something_to_write: bool,
 }
 
 /// How far a command's session has come.
@@ -184,7 +153,7 @@ impl Running<'_> {
     fn attend_console(&mut self) -> Result<i32> {
         let _raw = RawMode::enter().context("the terminal cannot be put into raw mode")?;
         if terminal::stdin_is_ours() {
-            cmd::console::feed(&self.machine, &self.events)?;
+            cmd::console::feed(self.machine.keyboard()?, &self.events)?;
         }
         self.deadline = self.args.timeout.map(|timeout| Instant::now() + timeout);
         loop {
@@ -192,16 +161,10 @@ impl Running<'_> {
                 None => return Ok(TIMED_OUT),
                 Some(Event::Signal(SIGWINCH)) => {}
                 Some(Event::Signal(signal)) => return Ok(128 + signal),
-                Some(Event::Machine(outcome)) => return self.console_code(outcome),
+                Some(Event::Machine(Ended::Failed(reason))) => return Err(anyhow!(reason)),
+                Some(Event::Machine(_)) => return Ok(0),
                 Some(_) => {}
             }
-        }
-    }
-
-    fn console_code(&self, outcome: Outcome) -> Result<i32> {
-        match outcome {
-            Outcome::PowerOff | Outcome::Reset | Outcome::Stopped => Ok(0),
-            Outcome::Failed(error) => Err(error.into()),
         }
     }
 
@@ -210,11 +173,7 @@ impl Running<'_> {
         if let Some(code) = self.await_agent()? {
             return Ok(code);
         }
-        let vsock = self
-            .machine
-            .vsock()
-            .context("the machine has no vsock device")?;
-        let link = Link::Machine(vsock.clone());
+        let link = self.machine.link()?;
         let session = Session::start(&link, resolve::exec(self.args), &self.events)
             .context("the guest's agent cannot be reached")?;
         let code = self.await_command(session)?;
@@ -251,7 +210,7 @@ impl Running<'_> {
                 Some(Event::Hello(Hello::Failed(reason))) => {
                     return Err(anyhow!("the guest cannot be used: {reason}"));
                 }
-                Some(Event::Machine(outcome)) => return Err(self.ended_early(outcome)),
+                Some(Event::Machine(ended)) => return Err(self.ended_early(ended)),
                 Some(Event::Signal(SIGWINCH)) => {}
                 Some(Event::Signal(signal)) => return Ok(Some(128 + signal)),
                 Some(_) => {}
@@ -303,15 +262,15 @@ impl Running<'_> {
                     progress.code = Some(status.shell_code());
                 }
                 Some(Event::OutputDone) => progress.outputs_done += 1,
-                Some(Event::Machine(outcome)) => {
+                Some(Event::Machine(ended)) => {
                     drop(raw.take());
-                    if let (Some(code), Outcome::PowerOff) = (progress.code, &outcome) {
+                    if let (Some(code), Ended::PowerOff) = (progress.code, &ended) {
                         return Ok(code);
                     }
-                    if self.args.command.is_empty() && outcome == Outcome::PowerOff {
+                    if self.args.command.is_empty() && ended == Ended::PowerOff {
                         return Ok(0);
                     }
-                    return Err(self.ended_early(outcome));
+                    return Err(self.ended_early(ended));
                 }
                 // Either its machine is ending, which is told in a moment, or it was asked to.
                 Some(Event::Session(None)) => {
@@ -335,7 +294,7 @@ impl Running<'_> {
 
     /// Lets the guest write out what it has to; force when it takes too long.
     fn power_off(&mut self, link: &Link) {
-        if !self.has_something_to_write {
+        if !self.machine.writes() {
             return;
         }
         let asked = link.connect(AGENT_PORT).and_then(|stream| {
@@ -355,17 +314,17 @@ impl Running<'_> {
     }
 
     /// The machine ended while something was still expected of it.
-    fn ended_early(&self, outcome: Outcome) -> anyhow::Error {
-        match outcome {
-            Outcome::PowerOff => self.failure("the guest powered off before the command ended"),
-            Outcome::Reset => match self.tail.panic(LINES_SHOWN) {
+    fn ended_early(&self, ended: Ended) -> anyhow::Error {
+        match ended {
+            Ended::PowerOff => self.failure("the guest powered off before the command ended"),
+            Ended::Reset => match self.tail.panic(LINES_SHOWN) {
                 Some((reason, lines)) => {
                     self.with_console(&format!("the guest's kernel panicked: {reason}"), &lines)
                 }
                 None => self.failure("the guest rebooted before the command ended"),
             },
-            Outcome::Stopped => self.failure("the machine was stopped"),
-            Outcome::Failed(error) => self.failure(&chain(&error)),
+            Ended::Stopped => self.failure("the machine was stopped"),
+            Ended::Failed(reason) => self.failure(&reason),
         }
     }
 
@@ -396,15 +355,4 @@ pub fn refusal_code(reason: Refusal) -> i32 {
         Refusal::NotExecutable => 126,
         Refusal::Other => 125,
     }
-}
-
-/// An error and its causes on one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }

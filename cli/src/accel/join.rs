@@ -1,0 +1,161 @@
+//! Handing sockets to the supervisor of an outer Linux, which joins them to the guest's vsock ports:
+//! their bytes then pass through no other process of the host.
+//!
+//! A message of this `SOCK_SEQPACKET` socket is a vsock port (u32, little endian), what the guest is
+//! to be sent first, and one stream socket (`SCM_RIGHTS`). Nothing is answered: where the guest refuses,
+//! the socket is reset.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::thread;
+
+use anyhow::{Context, Result};
+use devices::virtio::vsock::VsockHandle;
+use rustix::fs::Mode;
+use rustix::io::Errno;
+use rustix::net::{
+    self, AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+};
+
+/// Bytes of the port before what is sent first.
+const PORT: usize = 4;
+
+/// The longest message: a frame that dials a path, twice wrapped, is far below.
+const MAX_MESSAGE: usize = 16 << 10;
+
+/// Clients that wait to be accepted.
+const BACKLOG: i32 = 64;
+
+/// A client's connection to the supervisor.
+#[derive(Debug)]
+pub struct Joiner(OwnedFd);
+
+impl Joiner {
+    /// Connects to the supervisor that serves at `path`.
+    pub fn connect(path: &Path) -> Result<Self> {
+        let connected = || -> io::Result<OwnedFd> {
+            let socket = socket()?;
+            net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+            Ok(socket)
+        };
+        let socket = connected()
+            .with_context(|| format!("the outer Linux does not answer at {}", path.display()))?;
+        Ok(Self(socket))
+    }
+
+    /// Joins `stream` to a connection to vsock port `port` of the outer Linux, which is sent `prelude`
+    /// first.
+    pub fn join(&self, port: u32, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
+        if prelude.len() > MAX_MESSAGE - PORT {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let streams = [stream.as_fd()];
+        // It is made for one descriptor.
+        if !ancillary.push(SendAncillaryMessage::ScmRights(&streams)) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let port = port.to_le_bytes();
+        let message = [IoSlice::new(&port), IoSlice::new(prelude)];
+        loop {
+            match net::sendmsg(&self.0, &message, &mut ancillary, SendFlags::NOSIGNAL) {
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+fn socket() -> io::Result<OwnedFd> {
+    Ok(net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )?)
+}
+
+/// Serves at `path`, for this user only, for as long as the process lives.
+pub fn serve(path: &Path, vsock: VsockHandle) -> Result<()> {
+    let listening = || -> io::Result<OwnedFd> {
+        let socket = socket()?;
+        // The file gets the mode that the socket has when it is bound.
+        rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
+        net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+        net::listen(&socket, BACKLOG)?;
+        Ok(socket)
+    };
+    let listener = listening().with_context(|| format!("cannot listen at {}", path.display()))?;
+    thread::Builder::new().name("join".into()).spawn(move || {
+        loop {
+            match net::accept_with(&listener, SocketFlags::CLOEXEC) {
+                Ok(client) => serve_client(client, vsock.clone()),
+                Err(Errno::INTR | Errno::CONNABORTED) => {}
+                Err(error) => {
+                    tracing::warn!("no client can be accepted: {error}");
+                    thread::sleep(std::time::Duration::from_millis(100));
+                }
+            }
+        }
+    })?;
+    Ok(())
+}
+
+fn serve_client(client: OwnedFd, vsock: VsockHandle) {
+    let serve = move || {
+        loop {
+            match receive(&client) {
+                Ok(Some((port, prelude, stream))) => {
+                    if let Err(error) = vsock.join(port, prelude, stream) {
+                        return tracing::debug!("no stream can be joined any more: {error}");
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => return tracing::warn!("a client makes no sense: {error}"),
+            }
+        }
+    };
+    if let Err(error) = thread::Builder::new().name("join".into()).spawn(serve) {
+        tracing::warn!("no thread for a client: {error}");
+    }
+}
+
+/// The next message; None where the client has gone.
+fn receive(client: &OwnedFd) -> io::Result<Option<(u32, Vec<u8>, OwnedFd)>> {
+    let mut bytes = vec![0; MAX_MESSAGE];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let message = loop {
+        let mut into = [IoSliceMut::new(&mut bytes)];
+        match net::recvmsg(client, &mut into, &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
+            Ok(message) => break message,
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    };
+    let stream = ancillary.drain().find_map(|item| match item {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    if message.bytes == 0 && stream.is_none() {
+        return Ok(None);
+    }
+    let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, what.to_owned());
+    if message
+        .flags
+        .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
+    {
+        return Err(invalid("its message is too long"));
+    }
+    bytes.truncate(message.bytes);
+    let (port, prelude) = bytes
+        .split_first_chunk::<PORT>()
+        .ok_or_else(|| invalid("its message names no port"))?;
+    let stream = stream.ok_or_else(|| invalid("its message brings no stream"))?;
+    Ok(Some((u32::from_le_bytes(*port), prelude.to_vec(), stream)))
+}

@@ -1,0 +1,214 @@
+//! The host's half of a machine in the outer Linux: starts its runner there, and speaks with it.
+
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use agent::protocol::{self, FromSession};
+use anyhow::{Context, Result, anyhow, bail};
+
+use super::wire::{FromRunner, Relay, ToRunner, Up};
+use super::{Ended, Plan};
+use crate::accel::join::Joiner;
+use crate::accel::state::Files;
+use crate::accel::tap::{self, HostTap, Offer};
+use crate::accel::{client, supervisor};
+use crate::event::Event;
+use crate::link::{Link, Relayed};
+use crate::session::Streams;
+
+/// How long the runner may take to carry out a request: an emulator on a busy machine is slow.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A machine in the outer Linux. Dropping it ends the machine.
+#[derive(Debug)]
+pub struct Outer {
+    link: Link,
+    requests: Mutex<Requests>,
+    /// Held open for as long as the runner is to live: it ends with its session.
+    _session: UnixStream,
+    _tap: Option<Offer>,
+}
+
+/// The runner's standard input, and what it answers.
+#[derive(Debug)]
+struct Requests {
+    input: UnixStream,
+    answers: Receiver<Result<(), String>>,
+}
+
+impl Outer {
+    /// Starts a runner for `plan` and waits until the machine was made; it runs then.
+    pub fn start(
+        plan: Plan<'_>,
+        reason: &str,
+        tap: Option<HostTap>,
+        events: &Sender<Event>,
+    ) -> Result<(Self, Up)> {
+        let files = Files::of_this_program()?;
+        client::ensure_started(&files, Some(reason))?;
+        let tap = tap.map(|tap| tap.offer(&files.socket())).transpose()?;
+        let mut exec = client::this_program("runner", plan.words);
+        if let Some(tap) = &tap {
+            exec.env.push((tap::VARIABLE.into(), tap.variable().into()));
+        }
+        let streams = client::open_session(&files, reason, exec)?;
+        let (stdin, mut stdout, stderr) = plumbing(&streams)?;
+        spawn("runner-errors", move || copy_errors(stderr))?;
+        let up = match first_word(&mut stdout, &streams.control, &files)? {
+            FromRunner::Up(up) => up,
+            FromRunner::Failed(reason) => bail!("{reason}"),
+            other => bail!("the machine's runner makes no sense: it begins with {other:?}"),
+        };
+        let (answered, answers) = mpsc::channel();
+        let listener = Listener {
+            console: plan.console,
+            events: events.clone(),
+            answered,
+        };
+        spawn("runner", move || listener.listen(stdout))?;
+        let relayed = Relayed::new(files.socket(), Joiner::connect(&files.join())?, up.port);
+        let outer = Self {
+            link: Link::Relayed(Arc::new(relayed)),
+            requests: Mutex::new(Requests {
+                input: stdin,
+                answers,
+            }),
+            _session: streams.control,
+            _tap: tap,
+        };
+        outer.resume()?;
+        Ok((outer, up))
+    }
+
+    /// The way to the guest's ports.
+    pub fn link(&self) -> Link {
+        self.link.clone()
+    }
+
+    /// Ends the machine now.
+    pub fn stop(&self) {
+        let mut requests = self.lock();
+        if let Err(error) = protocol::send(&mut requests.input, &ToRunner::Stop) {
+            tracing::debug!("the machine's runner has gone: {error}");
+        }
+    }
+
+    /// Takes all vCPUs out of the guest.
+    pub fn pause(&self) -> Result<()> {
+        self.ask(&ToRunner::Pause)
+    }
+
+    /// Lets the vCPUs run.
+    pub fn resume(&self) -> Result<()> {
+        self.ask(&ToRunner::Resume)
+    }
+
+    /// A stream into the serial console.
+    pub fn console_input(&self) -> Result<UnixStream> {
+        let Link::Relayed(relayed) = &self.link else {
+            bail!("the machine has no relay");
+        };
+        relayed
+            .open(&Relay::ConsoleInput)
+            .context("the machine's console cannot be reached")
+    }
+
+    fn ask(&self, request: &ToRunner) -> Result<()> {
+        let mut requests = self.lock();
+        protocol::send(&mut requests.input, request)
+            .context("the machine's runner has gone")
+            .and_then(|()| match requests.answers.recv_timeout(PATIENCE) {
+                Ok(answer) => answer.map_err(|reason| anyhow!(reason)),
+                Err(_) => bail!("the machine's runner does not answer"),
+            })
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Requests> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn plumbing(streams: &Streams) -> Result<(UnixStream, UnixStream, UnixStream)> {
+    let [Some(stdin), Some(stdout), Some(stderr)] =
+        [&streams.stdin, &streams.stdout, &streams.stderr]
+    else {
+        bail!("the machine's runner lacks a stream");
+    };
+    Ok((stdin.try_clone()?, stdout.try_clone()?, stderr.try_clone()?))
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    thread::Builder::new().name(name.into()).spawn(body)?;
+    Ok(())
+}
+
+/// What the runner says in its library's warnings is for the user.
+fn copy_errors(mut from: UnixStream) {
+    if let Err(error) = io::copy(&mut from, &mut io::stderr()) {
+        tracing::debug!("the runner's messages cannot be passed on: {error}");
+    }
+}
+
+/// The runner's first message, or why there is none.
+fn first_word(
+    stdout: &mut UnixStream,
+    mut control: &UnixStream,
+    files: &Files,
+) -> Result<FromRunner> {
+    if let Ok(Some(word)) = protocol::receive::<FromRunner>(stdout) {
+        return Ok(word);
+    }
+    loop {
+        match protocol::receive(&mut control) {
+            Ok(Some(FromSession::Started { .. })) => {}
+            Ok(Some(FromSession::Refused { message, .. })) => {
+                bail!("mvm cannot be run in the outer Linux: {message}")
+            }
+            Ok(Some(FromSession::Exited(status))) => {
+                bail!("the machine's runner ended at once ({status:?})")
+            }
+            Ok(None) | Err(_) => match supervisor::last_words(files) {
+                Some(words) => bail!("the outer Linux ended unexpectedly:\n  {words}"),
+                None => bail!("the outer Linux ended unexpectedly"),
+            },
+        }
+    }
+}
+
+/// Where the runner's messages go.
+struct Listener {
+    console: Box<dyn Write + Send>,
+    events: Sender<Event>,
+    answered: Sender<Result<(), String>>,
+}
+
+impl Listener {
+    fn listen(mut self, mut from: UnixStream) {
+        let ended = loop {
+            match protocol::receive(&mut from) {
+                Ok(Some(FromRunner::Hello(hello))) => drop(self.events.send(Event::Hello(hello))),
+                Ok(Some(FromRunner::Console(bytes))) => drop(self.console.write_all(&bytes)),
+                Ok(Some(FromRunner::Done(answer))) => drop(self.answered.send(answer)),
+                Ok(Some(FromRunner::Ended(ended))) => break ended,
+                Ok(Some(FromRunner::Failed(reason))) => break Ended::Failed(reason),
+                Ok(Some(FromRunner::Up(_))) => {}
+                Ok(None) | Err(_) => {
+                    break Ended::Failed(
+                        "the outer Linux ended, and the machine with it".to_owned(),
+                    );
+                }
+            }
+        };
+        let _ = self.events.send(Event::Machine(ended));
+        // What the console printed last comes after the machine's end.
+        while let Ok(Some(message)) = protocol::receive(&mut from) {
+            if let FromRunner::Console(bytes) = message {
+                drop(self.console.write_all(&bytes));
+            }
+        }
+    }
+}

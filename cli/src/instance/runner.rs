@@ -1,0 +1,170 @@
+//! The runner: an mvm in the outer Linux that owns one machine's VMM, and nothing else.
+//!
+//! It is started by an mvm on the host, which it serves by the messages of [`super::wire`], and ends
+//! with the machine. A host that goes away ends its input, and with it the machine.
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use agent::protocol;
+use anyhow::{Context, Result};
+use devices::virtio::vsock::VsockHandle;
+use kernels::cache::Cache;
+use vmm::Machine;
+use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
+
+use super::wire::{FromRunner, Relay, ToRunner, Up};
+use super::{Keyboard, build, watch_end};
+use crate::args::RunArgs;
+use crate::link;
+
+/// `VMADDR_PORT_ANY` of linux/vm_sockets.h: the kernel chooses.
+const ANY_PORT: u32 = u32::MAX;
+
+/// How long a connection from the host may take to say what it is for.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long to wait after a connection could not be accepted, so that a lasting failure does not spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// The way to the host; messages of several threads go out one at a time.
+#[derive(Debug, Clone, Default)]
+struct Host(Arc<Mutex<()>>);
+
+impl Host {
+    fn say(&self, message: &FromRunner) -> io::Result<()> {
+        let _turn = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        protocol::send(io::stdout().lock(), message)
+    }
+
+    /// For threads that have nobody to report to: the host has gone, which ends the machine.
+    fn tell(&self, message: &FromRunner) {
+        if let Err(error) = self.say(message) {
+            tracing::debug!("the host does not listen any more: {error}");
+        }
+    }
+}
+
+/// The serial console's output, on its way to the host.
+struct Console(Host);
+
+impl Write for Console {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        self.0.say(&FromRunner::Console(data.to_vec()))?;
+        Ok(data.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Makes the machine and serves the host until one of them ends.
+pub fn run(args: &RunArgs) -> Result<ExitCode> {
+    let host = Host::default();
+    match start(args, &host) {
+        Ok(machine) => {
+            obey(&machine, &host);
+            // What the console printed last is out when this returns.
+            drop(machine);
+        }
+        Err(error) => host.say(&FromRunner::Failed(format!("{error:#}")))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn start(args: &RunArgs, host: &Host) -> Result<Arc<Machine>> {
+    let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, ANY_PORT)
+        .context("no vsock port for the host in the outer Linux")?;
+    let port = listener
+        .local_addr()
+        .context("the vsock port for the host has no number")?
+        .port();
+    let cache = Cache::open()?;
+    let built = build::build(args, &cache, Box::new(Console(host.clone())))?;
+    let machine = Arc::new(built.machine);
+    let vsock = machine.vsock().context("the machine has no vsock device")?;
+    let greeted = host.clone();
+    link::listen_for_hello(vsock, move |hello| greeted.tell(&FromRunner::Hello(hello)))?;
+    let (handle, keyboard) = (vsock.clone(), Arc::downgrade(&machine));
+    thread::Builder::new()
+        .name("relay".into())
+        .spawn(move || accept(&listener, &handle, &keyboard))?;
+    host.say(&FromRunner::Up(Up {
+        port,
+        set_up: built.set_up,
+        writes: built.writes,
+    }))?;
+    let ended = host.clone();
+    watch_end(&machine, move |end| ended.tell(&FromRunner::Ended(end)))?;
+    Ok(machine)
+}
+
+/// Does what the host asks for, until it asks no more.
+fn obey(machine: &Machine, host: &Host) {
+    let mut requests = io::stdin().lock();
+    loop {
+        match protocol::receive(&mut requests) {
+            Ok(Some(ToRunner::Resume)) => machine.resume(),
+            Ok(Some(ToRunner::Pause)) => machine.pause(),
+            Ok(Some(ToRunner::Stop)) => {
+                machine.stop();
+                continue;
+            }
+            Ok(None) => return,
+            Err(error) => {
+                tracing::warn!("the host makes no sense: {error}");
+                return;
+            }
+        }
+        host.tell(&FromRunner::Done(Ok(())));
+    }
+}
+
+/// Takes connections from the host, and from nobody else of the outer Linux.
+fn accept(listener: &VsockListener, vsock: &VsockHandle, machine: &std::sync::Weak<Machine>) {
+    while machine.strong_count() > 0 {
+        let stream = match listener.accept() {
+            Ok((stream, peer)) if peer.cid() == VMADDR_CID_HOST => stream,
+            Ok(_) => continue,
+            Err(error) => {
+                tracing::warn!("a connection from the host cannot be accepted: {error}");
+                thread::sleep(ACCEPT_PAUSE);
+                continue;
+            }
+        };
+        let (vsock, keyboard) = (vsock.clone(), Keyboard::Here(machine.clone()));
+        let relay = move || {
+            if let Err(error) = relay(stream, &vsock, keyboard) {
+                tracing::debug!("a connection from the host ended early: {error}");
+            }
+        };
+        if let Err(error) = thread::Builder::new().name("relay".into()).spawn(relay) {
+            tracing::warn!("no thread for a connection from the host: {error}");
+        }
+    }
+}
+
+fn relay(stream: VsockStream, vsock: &VsockHandle, mut keyboard: Keyboard) -> io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    match protocol::receive(&stream)? {
+        None => Ok(()),
+        Some(Relay::Dial(port)) => {
+            stream.set_read_timeout(None)?;
+            vsock.join(port, Vec::new(), stream)
+        }
+        Some(Relay::ConsoleInput) => {
+            stream.set_read_timeout(None)?;
+            let mut buffer = [0; 4096];
+            loop {
+                match io::Read::read(&mut &stream, &mut buffer)? {
+                    0 => return Ok(()),
+                    len => keyboard.give(buffer.get(..len).unwrap_or_default())?,
+                }
+            }
+        }
+    }
+}
