@@ -42,6 +42,8 @@ impl Link {
     pub fn join(&self, port: u32, prelude: Vec<u8>, stream: OwnedFd) -> io::Result<()> {
         match self {
             Self::Machine(vsock) => vsock.join(port, prelude, stream),
+            Self::Relayed(relayed) => relayed.join(port, &prelude, stream),
+            // Its owner joins only what it is handed on its own connection.
             Self::Socket(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }

@@ -53,11 +53,7 @@ fn main() -> ExitCode {
 
 /// Messages of the libraries: warnings, or what MVM_LOG asks for.
 fn watch_log(verbose: bool) {
-    let default = if verbose {
-        Level::INFO
-    } else {
-        Level::WARN
-    };
+    let default = if verbose { Level::INFO } else { Level::WARN };
     let filter = std::env::var("MVM_LOG")
         .ok()
         .and_then(|wanted| wanted.parse().ok())
