@@ -8,6 +8,7 @@
 //! device panic, spin, or touch memory outside of [`vm_memory::GuestMemoryMmap`].
 
 pub mod bus;
+mod counter;
 pub mod interrupt;
 pub mod power;
 pub mod serial;

@@ -34,8 +34,6 @@ pub struct Shared {
     /// Whether the driver flushes (VIRTIO_BLK_F_FLUSH). If not, each write is durable when it
     /// completes (section 5.2.6.2).
     pub write_back: bool,
-    /// Counts over all queues.
-    pub stats: Arc<BlockStats>,
 }
 
 /// A chain that goes back to the driver.
@@ -93,6 +91,7 @@ pub struct InFlight {
     slots: Vec<Slot>,
     free: Vec<u16>,
     shared: Shared,
+    stats: Arc<BlockStats>,
     /// The best method that has not failed on this image yet.
     zero_method: ZeroMethod,
     /// As above, for requests that allow to give storage back.
@@ -118,6 +117,7 @@ impl InFlight {
         memory: &GuestMemoryMmap,
         size: u16,
         shared: Shared,
+        stats: Arc<BlockStats>,
     ) -> Self {
         let size = size.min(MAX_IN_FLIGHT);
         let slot = |_| Slot {
@@ -131,6 +131,7 @@ impl InFlight {
             slots: (0..size).map(slot).collect(),
             free: (0..size).rev().collect(),
             shared,
+            stats,
             zero_method: ZeroMethod::ZeroRange,
             unmap_method: ZeroMethod::Punch,
             finished: Vec::with_capacity(size.into()),
@@ -185,9 +186,18 @@ impl InFlight {
                 self.finish(token, OK);
                 return;
             }
-            Ok(Request::Flush) => Step::Flush,
-            Ok(Request::Read { offset }) => Step::Read { offset },
-            Ok(Request::Write { offset }) => Step::Write { offset },
+            Ok(Request::Flush) => {
+                self.stats.begun_flush();
+                Step::Flush
+            }
+            Ok(Request::Read { offset }) => {
+                self.stats.begun_read();
+                Step::Read { offset }
+            }
+            Ok(Request::Write { offset }) => {
+                self.stats.begun_write();
+                Step::Write { offset }
+            }
             Ok(Request::Discard { offset, len }) => Step::Discard { offset, len },
             Ok(Request::WriteZeroes { offset, len, unmap }) => Step::Zero {
                 offset,
@@ -296,14 +306,14 @@ impl InFlight {
                 let done = !rest.skip_front(moved as usize) || rest.is_empty();
                 *offset = offset.saturating_add(bytes);
                 slot.written = slot.written.saturating_add(moved);
-                self.shared.stats.read(bytes);
+                self.stats.read(bytes);
                 self.finish_or_go_on(token, done);
             }
             Step::Write { offset } => {
                 let rest = slot.buffers.readable();
                 let done = !rest.skip_front(moved as usize) || rest.is_empty();
                 *offset = offset.saturating_add(bytes);
-                self.shared.stats.wrote(bytes);
+                self.stats.wrote(bytes);
                 self.finish_or_go_on(token, done);
             }
             Step::Flush | Step::Discard { .. } => self.finish(token, OK),
@@ -383,7 +393,7 @@ impl InFlight {
         });
         slot.buffers.clear();
         self.free.push(token);
-        self.shared.stats.finished(status != OK);
+        self.stats.finished(status != OK);
     }
 }
 

@@ -3,7 +3,7 @@
 //! [`request`] decodes what the guest wrote, [`inflight`] drives it to its end, [`engine`] does
 //! the system calls, [`disk`] is the image; [`worker`] moves chains between the ring and these.
 //! One worker thread per queue owns its ring, its requests and its engine; nothing is shared but
-//! the image and the counters.
+//! the image.
 
 pub mod disk;
 pub mod engine;
@@ -85,7 +85,8 @@ pub struct Block {
     engine: EngineKind,
     queue_sizes: Vec<u16>,
     config: [u8; CONFIG_LEN],
-    stats: Arc<BlockStats>,
+    /// One for each queue.
+    stats: Vec<Arc<BlockStats>>,
     workers: Vec<Worker<QueueWorker>>,
 }
 
@@ -122,13 +123,13 @@ impl Block {
             serial,
             engine,
             queue_sizes: vec![QUEUE_SIZE; config.queues.into()],
-            stats: Arc::default(),
+            stats: (0..config.queues).map(|_| Arc::default()).collect(),
             workers: Vec::new(),
         })
     }
 
-    /// The disk's counters, which outlive resets.
-    pub fn stats(&self) -> Arc<BlockStats> {
+    /// The counters of each queue, which outlive resets.
+    pub fn stats(&self) -> Vec<Arc<BlockStats>> {
         self.stats.clone()
     }
 
@@ -172,7 +173,6 @@ impl VirtioDevice for Block {
             limits: *self.disk.limits(),
             serial: self.serial,
             write_back: activation.has_feature(VIRTIO_BLK_F_FLUSH),
-            stats: self.stats.clone(),
         };
         let Activation {
             memory,
@@ -180,7 +180,7 @@ impl VirtioDevice for Block {
             interrupt,
             ..
         } = activation;
-        for (index, active) in queues.into_iter().enumerate() {
+        for (index, (active, stats)) in queues.into_iter().zip(&self.stats).enumerate() {
             if !active.queue.ready() {
                 // A driver without MQ uses the first queue only.
                 if index == 0 {
@@ -190,7 +190,7 @@ impl VirtioDevice for Block {
             }
             let engine = self.engine.open(&self.disk)?;
             let size = active.queue.size();
-            let in_flight = InFlight::new(engine, &memory, size, shared.clone());
+            let in_flight = InFlight::new(engine, &memory, size, shared.clone(), stats.clone());
             let ring = Ring::new(active, interrupt.clone());
             let worker = QueueWorker::new(ring, memory.clone(), interrupt.clone(), in_flight);
             self.workers

@@ -1,13 +1,19 @@
-//! Counters of one disk, shared by all of its queues and whoever reports them.
+//! Counters of one queue of a disk, shared by the queue's worker and whoever reports them.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
-/// What a disk has done since the machine started. Each counter is exact; together they are no
-/// snapshot of one moment.
+use crate::counter::{add, get};
+
+/// What one queue of a disk has done since the machine started.
 #[derive(Debug, Default)]
+// So that no two queues' counters share a cache line, nor a pair that is fetched together.
+#[repr(align(128))]
 pub struct BlockStats {
     requests: AtomicU64,
     errors: AtomicU64,
+    reads: AtomicU64,
+    writes: AtomicU64,
+    flushes: AtomicU64,
     bytes_read: AtomicU64,
     bytes_written: AtomicU64,
 }
@@ -15,34 +21,61 @@ pub struct BlockStats {
 impl BlockStats {
     /// Requests that were answered, refused ones included.
     pub fn requests(&self) -> u64 {
-        self.requests.load(Ordering::Relaxed)
+        get(&self.requests)
     }
 
     /// Requests that were refused or failed.
     pub fn errors(&self) -> u64 {
-        self.errors.load(Ordering::Relaxed)
+        get(&self.errors)
+    }
+
+    /// Read requests that were begun.
+    pub fn reads(&self) -> u64 {
+        get(&self.reads)
+    }
+
+    /// Write requests that were begun.
+    pub fn writes(&self) -> u64 {
+        get(&self.writes)
+    }
+
+    /// Flush requests that were begun.
+    pub fn flushes(&self) -> u64 {
+        get(&self.flushes)
     }
 
     /// Bytes that the guest has read.
     pub fn bytes_read(&self) -> u64 {
-        self.bytes_read.load(Ordering::Relaxed)
+        get(&self.bytes_read)
     }
 
     /// Bytes that the guest has written, without those of write-zeroes requests.
     pub fn bytes_written(&self) -> u64 {
-        self.bytes_written.load(Ordering::Relaxed)
+        get(&self.bytes_written)
+    }
+
+    pub(super) fn begun_read(&self) {
+        add(&self.reads, 1);
+    }
+
+    pub(super) fn begun_write(&self) {
+        add(&self.writes, 1);
+    }
+
+    pub(super) fn begun_flush(&self) {
+        add(&self.flushes, 1);
     }
 
     pub(super) fn read(&self, bytes: u64) {
-        self.bytes_read.fetch_add(bytes, Ordering::Relaxed);
+        add(&self.bytes_read, bytes);
     }
 
     pub(super) fn wrote(&self, bytes: u64) {
-        self.bytes_written.fetch_add(bytes, Ordering::Relaxed);
+        add(&self.bytes_written, bytes);
     }
 
     pub(super) fn finished(&self, failed: bool) {
-        self.requests.fetch_add(1, Ordering::Relaxed);
-        self.errors.fetch_add(failed.into(), Ordering::Relaxed);
+        add(&self.requests, 1);
+        add(&self.errors, failed.into());
     }
 }

@@ -88,7 +88,7 @@ impl Fixture {
     fn with(engine: EngineKind, config: BlockConfig, features: u64) -> Self {
         let file = config.file.try_clone().unwrap();
         let block = Block::with_engine(config, engine).unwrap();
-        let stats = block.stats();
+        let stats = block.stats().remove(0);
         let mut driver = MockDriver::started_with(Box::new(block), features);
         let scratch = driver.alloc(8192);
         Self {
@@ -192,7 +192,10 @@ fn sectors_are_read_and_written_where_they_belong() {
         assert!(disk.content() == expected, "{engine:?}: wrong bytes");
         assert_eq!(disk.stats.bytes_read(), 2048);
         assert_eq!(disk.stats.bytes_written(), 4096);
-        assert_eq!((disk.stats.requests(), disk.stats.errors()), (2, 0));
+        assert_eq!((disk.stats.reads(), disk.stats.writes()), (1, 1));
+        assert_eq!(disk.request(VIRTIO_BLK_T_FLUSH, 0, &[]).0, OK);
+        assert_eq!(disk.stats.flushes(), 1);
+        assert_eq!((disk.stats.requests(), disk.stats.errors()), (3, 0));
     });
 }
 

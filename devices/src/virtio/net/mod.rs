@@ -80,8 +80,10 @@ impl fmt::Display for Mac {
     }
 }
 
-/// What has passed through a network device since it was made. Bytes are without headers.
+/// What has passed through one pair of queues since the machine started. Bytes are without headers.
 #[derive(Debug, Default)]
+// So that no two pairs' counters share a cache line, nor two that are fetched together.
+#[repr(align(128))]
 pub struct NetCounters {
     /// Frames given to the guest.
     pub rx_frames: AtomicU64,
@@ -105,7 +107,8 @@ pub struct Net {
     features: u64,
     config: [u8; 12],
     queue_sizes: Vec<u16>,
-    counters: Arc<NetCounters>,
+    /// One for each pair.
+    counters: Vec<Arc<NetCounters>>,
     workers: Vec<Worker<PairWorker>>,
     control: Option<Worker<ControlWorker>>,
 }
@@ -140,14 +143,14 @@ impl Net {
             tap: Arc::new(tap),
             pairs,
             queue_sizes,
-            counters: Arc::default(),
+            counters: (0..pairs).map(|_| Arc::default()).collect(),
             workers: Vec::new(),
             control: None,
         })
     }
 
-    /// What passes through; the counters go on through resets.
-    pub fn counters(&self) -> Arc<NetCounters> {
+    /// What passes through each pair of queues; the counters go on through resets.
+    pub fn counters(&self) -> Vec<Arc<NetCounters>> {
         self.counters.clone()
     }
 }
@@ -236,7 +239,7 @@ impl VirtioDevice for Net {
         }
         let mut queues = queues.into_iter();
         let mut attached = Vec::new();
-        for index in 0..pairs {
+        for (index, counters) in (0..pairs).zip(&self.counters) {
             let (Some(rx), Some(tx)) = (queues.next(), queues.next()) else {
                 return Err(ActivateError::QueueMissing(2 * index));
             };
@@ -249,12 +252,12 @@ impl VirtioDevice for Net {
                     Ring::new(rx, interrupt.clone()),
                     memory.clone(),
                     mergeable,
-                    self.counters.clone(),
+                    counters.clone(),
                 ),
                 Sender::new(
                     Ring::new(tx, interrupt.clone()),
                     memory.clone(),
-                    self.counters.clone(),
+                    counters.clone(),
                 ),
                 event,
             );

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use event_manager::{EventOps, EventSet, Events, MutEventSubscriber};
 use vm_memory::GuestMemoryMmap;
@@ -13,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::rx::{Pause, Receiver};
 use super::tap::{HEADER_LEN, Tap};
 use super::{MAX_FRAME, NetCounters};
+use crate::counter;
 use crate::virtio::queue::{ChainBuffers, Iovecs};
 use crate::virtio::ring::Ring;
 
@@ -188,15 +188,15 @@ impl Sender {
             };
             match sent {
                 Sent::Bytes(bytes) => {
-                    self.counters.tx_frames.fetch_add(1, Ordering::Relaxed);
-                    self.counters.tx_bytes.fetch_add(bytes, Ordering::Relaxed);
+                    counter::add(&self.counters.tx_frames, 1);
+                    counter::add(&self.counters.tx_bytes, bytes);
                 }
                 Sent::Full => {
                     self.waiting = Some(head);
                     return true;
                 }
                 Sent::Dropped => {
-                    self.counters.tx_dropped.fetch_add(1, Ordering::Relaxed);
+                    counter::add(&self.counters.tx_dropped, 1);
                 }
             }
             self.ring.add_used(&self.memory, head, 0);

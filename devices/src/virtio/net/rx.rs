@@ -9,12 +9,12 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use vm_memory::GuestMemoryMmap;
 
 use super::tap::HEADER_LEN;
 use super::{MAX_FRAME, NetCounters};
+use crate::counter;
 use crate::virtio::queue::{ChainBuffers, MAX_SEGMENTS};
 use crate::virtio::ring::Ring;
 
@@ -221,7 +221,7 @@ impl Receiver {
             if self.pool.is_empty() || !all_offered {
                 return false;
             }
-            self.counters.rx_dropped.fetch_add(1, Ordering::Relaxed);
+            counter::add(&self.counters.rx_dropped, 1);
             self.parked_len = 0;
             return true;
         }
@@ -269,8 +269,8 @@ impl Receiver {
         }
         self.ring.add_used_together(&self.memory, &self.used);
         let bytes = len.saturating_sub(HEADER_LEN) as u64;
-        self.counters.rx_frames.fetch_add(1, Ordering::Relaxed);
-        self.counters.rx_bytes.fetch_add(bytes, Ordering::Relaxed);
+        counter::add(&self.counters.rx_frames, 1);
+        counter::add(&self.counters.rx_bytes, bytes);
     }
 }
 

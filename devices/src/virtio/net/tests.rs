@@ -37,7 +37,7 @@ fn fake(pairs: u16) -> (Net, Vec<UnixDatagram>) {
 
 fn started(pairs: u16) -> (MockDriver, Vec<UnixDatagram>, Arc<NetCounters>) {
     let (net, hosts) = fake(pairs);
-    let counters = net.counters();
+    let counters = net.counters().remove(0);
     (MockDriver::started(Box::new(net)), hosts, counters)
 }
 
@@ -233,7 +233,7 @@ fn a_frame_waits_until_there_are_buffers_for_all_of_it() {
 #[test]
 fn a_frame_that_no_offer_can_hold_is_dropped_and_the_next_one_comes() {
     let (net, hosts) = fake(1);
-    let counters = net.counters();
+    let counters = net.counters().remove(0);
     let mut driver = MockDriver::new(Box::new(net));
     driver.negotiate(u64::MAX);
     driver.setup_queue(RX, Some(4));
@@ -250,7 +250,7 @@ fn a_frame_that_no_offer_can_hold_is_dropped_and_the_next_one_comes() {
 #[test]
 fn without_mergeable_buffers_a_frame_takes_one_chain_or_none() {
     let (net, hosts) = fake(1);
-    let counters = net.counters();
+    let counters = net.counters().remove(0);
     let wanted = !(1 << VIRTIO_NET_F_MRG_RXBUF);
     let mut driver = MockDriver::started_with(Box::new(net), wanted);
     let pieces = [0, 1].map(|i| Buffer::writable(HIGH_REGION + i * 0x1000, 0x1000));

@@ -2,6 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::counter;
+
 /// Running totals of one device. They survive a device reset.
 #[derive(Debug, Default)]
 pub struct Counters {
@@ -25,10 +27,11 @@ pub struct Counters {
 
 impl Counters {
     pub(super) fn add(counter: &AtomicU64, amount: u64) {
-        counter.fetch_add(amount, Ordering::Relaxed);
+        // The mux has one owner at a time.
+        counter::add(counter, amount);
     }
 
-    pub(super) fn sub(counter: &AtomicU64, amount: u64) {
-        counter.fetch_sub(amount, Ordering::Relaxed);
+    pub(super) fn set(gauge: &AtomicU64, value: u64) {
+        gauge.store(value, Ordering::Relaxed);
     }
 }

@@ -320,7 +320,7 @@ impl Mux {
             return false;
         }
         self.promised += promised;
-        Counters::add(&self.counters.connections, 1);
+        Counters::set(&self.counters.connections, self.table.len() as u64);
         Counters::add(&self.counters.opened, 1);
         self.schedule(index);
         true
@@ -378,7 +378,7 @@ impl Mux {
             tracing::warn!("a vsock host stream is still watched: {error}");
         }
         self.promised -= u64::from(connection.credit.buf_alloc());
-        Counters::sub(&self.counters.connections, 1);
+        Counters::set(&self.counters.connections, self.table.len() as u64);
         Some(connection)
     }
 

@@ -77,11 +77,10 @@ impl Fixture {
             },
             serial: Serial::default(),
             write_back,
-            stats: Arc::default(),
         };
         let engine = Box::new(Scripted(script.clone()));
         Self {
-            in_flight: InFlight::new(engine, &memory, 4, shared),
+            in_flight: InFlight::new(engine, &memory, 4, shared, Arc::default()),
             memory,
             script,
         }
