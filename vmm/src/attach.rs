@@ -26,6 +26,7 @@ use crate::arch::{interrupts, layout};
 use crate::config::{DiskConfig, MachineConfig, NetConfig, TapSource, VsockConfig};
 use crate::exit::Buses;
 use crate::notify::{self, NotifyError};
+use crate::stats::Meters;
 use crate::vm::Vm;
 
 /// Queues of a disk: one for each vCPU up to here; each has a thread of its own.
@@ -107,6 +108,8 @@ pub struct Devices {
     pub vsock_uds: Option<VsockUds>,
     /// The hold on the guest's balloon, where there is one.
     pub balloon: Option<BalloonHandle>,
+    /// What the devices have done.
+    pub meters: Meters,
 }
 
 /// Makes the devices that `config` asks for; takes the console and the network card out of it.
@@ -144,6 +147,7 @@ pub fn devices(
         vsock,
         vsock_uds,
         balloon,
+        meters: board.meters,
     })
 }
 
@@ -154,6 +158,7 @@ struct Board<'a> {
     buses: Buses,
     nodes: Vec<VirtioNode>,
     transports: Vec<Arc<MmioTransport>>,
+    meters: Meters,
 }
 
 type Sockets = (Option<VsockHandle>, Option<VsockUds>);
@@ -167,6 +172,7 @@ impl<'a> Board<'a> {
             buses: Buses::default(),
             nodes: Vec::new(),
             transports: Vec::new(),
+            meters: Meters::default(),
         }
     }
 
@@ -202,6 +208,7 @@ impl<'a> Board<'a> {
             path: disk.path.clone(),
             source,
         })?;
+        self.meters.disks.push(block.stats());
         self.add_virtio("disk", Box::new(block))
     }
 
@@ -214,6 +221,7 @@ impl<'a> Board<'a> {
             mac: Some(config.mac),
             queue_pairs: config.queue_pairs,
         })?;
+        self.meters.nets.push(net.counters());
         self.add_virtio("network card", Box::new(net))
     }
 

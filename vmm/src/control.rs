@@ -23,6 +23,17 @@ pub enum Outcome {
     Failed(RunError),
 }
 
+/// What a vCPU's thread is to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Request {
+    /// Enter the guest.
+    Run,
+    /// Enter the guest, which has been paused.
+    RunOn,
+    /// Leave.
+    End,
+}
+
 const PAUSED: u8 = 0;
 const RUNNING: u8 = 1;
 const ENDED: u8 = 2;
@@ -69,11 +80,10 @@ impl Control {
         self.threads().push(thread);
     }
 
-    /// Called by a vCPU's thread before it enters the guest: waits while the machine is paused;
-    /// false when it has ended.
-    pub fn wait_until_running(&self) -> bool {
+    /// Called by a vCPU's thread before it enters the guest: waits while the machine is paused.
+    pub fn wait_until_running(&self) -> Request {
         if self.request.load(Ordering::Acquire) == RUNNING {
-            return true;
+            return Request::Run;
         }
         let mut state = self.state();
         state.parked += 1;
@@ -83,7 +93,10 @@ impl Control {
             .wait_while(state, |_| self.request.load(Ordering::Acquire) == PAUSED)
             .unwrap_or_else(PoisonError::into_inner);
         state.parked -= 1;
-        self.request.load(Ordering::Acquire) == RUNNING
+        match self.request.load(Ordering::Acquire) {
+            RUNNING => Request::RunOn,
+            _ => Request::End,
+        }
     }
 
     /// Lets the vCPUs run; nothing where the machine has ended.
@@ -136,6 +149,11 @@ impl Control {
             vcpu::kick(thread);
         }
         threads.len()
+    }
+
+    /// For how long each vCPU's thread has run; zero for those that have ended.
+    pub fn cpu_times(&self) -> Vec<Duration> {
+        self.threads().iter().map(vcpu::cpu_time).collect()
     }
 
     /// Waits for the machine to end.

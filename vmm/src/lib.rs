@@ -16,6 +16,7 @@ mod machine;
 mod memory;
 mod notify;
 pub mod probe;
+mod stats;
 mod vcpu;
 mod vm;
 
@@ -29,4 +30,5 @@ pub use launch::{LaunchError, Timings, launch, prepare};
 pub use machine::Machine;
 pub use memory::MemoryError;
 pub use notify::NotifyError;
+pub use stats::{DiskStats, MemoryStats, NetStats, Stats, VcpuStats, VsockStats};
 pub use vm::VmError;

@@ -13,12 +13,15 @@ use devices::virtio::mmio::MmioTransport;
 use devices::virtio::vsock::VsockHandle;
 use devices::virtio::vsock::uds::VsockUds;
 use kvm_ioctls::VcpuFd;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::attach::Devices;
 use crate::control::{Control, Outcome};
 use crate::exit::Buses;
 use crate::launch::{LaunchError, Timings};
+use crate::memory;
+use crate::stats::{MemoryStats, Meters, Stats, VcpuStats, VsockStats};
 use crate::vcpu;
 use crate::vm::Vm;
 
@@ -37,8 +40,9 @@ pub struct Machine {
     vsock: Option<VsockHandle>,
     vsock_uds: Option<VsockUds>,
     balloon: Option<BalloonHandle>,
+    meters: Meters,
     timings: Timings,
-    _vm: Vm,
+    vm: Vm,
 }
 
 impl Machine {
@@ -59,8 +63,9 @@ impl Machine {
             vsock: devices.vsock,
             vsock_uds: devices.vsock_uds,
             balloon: devices.balloon,
+            meters: devices.meters,
             timings: Timings::default(),
-            _vm: vm,
+            vm,
         })
     }
 
@@ -81,6 +86,22 @@ impl Machine {
     /// Where the time of the launch went.
     pub fn timings(&self) -> Timings {
         self.timings
+    }
+
+    /// What the machine has used so far. Fails where the host does not say how much memory that is.
+    pub fn stats(&self) -> io::Result<Stats> {
+        let cpu_times = self.control.cpu_times().into_iter();
+        let memory = self.vm.memory();
+        Ok(Stats {
+            vcpus: cpu_times.map(VcpuStats::new).collect(),
+            memory: MemoryStats {
+                size: memory.iter().map(GuestMemoryRegion::len).sum(),
+                resident: memory::resident(memory)?,
+            },
+            disks: self.meters.disks(),
+            nets: self.meters.nets(),
+            vsock: self.vsock.as_ref().map(VsockStats::of),
+        })
     }
 
     /// Waits until the machine has ended, and tells how.

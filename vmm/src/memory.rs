@@ -7,7 +7,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use thiserror::Error;
@@ -130,6 +130,19 @@ fn memory_file(size: u64) -> io::Result<File> {
     // Nobody who is handed the file can shrink it under the mappings (SIGBUS).
     rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(File::from(fd))
+}
+
+/// Bytes that the host has allocated for guest memory, from the file's own count of its blocks:
+/// what a mapping of any size costs to ask. Parts that [`place_file`] mapped are not among them.
+pub fn resident(memory: &GuestMemoryMmap) -> io::Result<u64> {
+    /// What `st_blocks` counts in, whatever the filesystem's block size is.
+    const BLOCK: u64 = 512;
+    // All regions are parts of one file.
+    let region = memory.iter().next();
+    let Some(offset) = region.and_then(GuestMemoryRegion::file_offset) else {
+        return Ok(0);
+    };
+    Ok(offset.file().metadata()?.blocks() * BLOCK)
 }
 
 fn advise(mapping: &MmapRegion, advice: libc::c_int) {
@@ -293,6 +306,27 @@ mod tests {
     fn more_memory_than_the_host_has_is_refused_with_both_sizes() {
         let error = create(1 << 50).unwrap_err().to_string();
         assert!(error.contains("1073741824 MiB"), "{error}");
+    }
+
+    #[test]
+    fn memory_is_resident_when_it_was_touched_and_not_after_it_was_given_back() {
+        let memory = create(64 << 20).unwrap();
+        assert_eq!(resident(&memory).unwrap(), 0);
+        let touched: Vec<u8> = vec![1; 8 << 20];
+        memory
+            .write_slice(&touched, GuestAddress(16 << 20))
+            .unwrap();
+        let some = resident(&memory).unwrap();
+        assert!((8 << 20..=12 << 20).contains(&some), "{some} bytes");
+        let region = memory.iter().next().unwrap();
+        rustix::fs::fallocate(
+            region.file_offset().unwrap().file(),
+            rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE,
+            0,
+            64 << 20,
+        )
+        .unwrap();
+        assert_eq!(resident(&memory).unwrap(), 0);
     }
 
     #[test]

@@ -6,17 +6,19 @@
 
 use std::cell::Cell;
 use std::io;
+use std::os::unix::thread::JoinHandleExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 use std::sync::atomic::{Ordering, compiler_fence};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use kvm_ioctls::VcpuFd;
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::arch;
-use crate::control::{Control, Outcome};
+use crate::control::{Control, Outcome, Request};
 use crate::exit::{Buses, Handled, RunError, handle};
 
 thread_local! {
@@ -55,6 +57,28 @@ pub fn kick(handle: &JoinHandle<()>) {
     let _ = handle.kill(kick_signal());
 }
 
+/// For how long the thread behind `handle` has run on a CPU; zero where it has ended.
+pub fn cpu_time(handle: &JoinHandle<()>) -> Duration {
+    let mut clock = 0;
+    // SAFETY: the thread was not joined and not detached, as `handle` owns it, so its id is valid
+    // even when it has ended. `clock` lives until the call returns.
+    let error = unsafe { libc::pthread_getcpuclockid(handle.as_pthread_t(), &mut clock) };
+    if error != 0 {
+        return Duration::ZERO;
+    }
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: `time` is writable and lives until the call returns. The clock may be gone by now,
+    // which is an error and leaves `time` as it is.
+    unsafe { libc::clock_gettime(clock, &mut time) };
+    Duration::new(
+        u64::try_from(time.tv_sec).unwrap_or(0),
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    )
+}
+
 /// Starts the thread of vCPU `id`; it waits until `control` says that the machine runs.
 pub fn spawn(
     id: u8,
@@ -85,8 +109,10 @@ fn run_loop(id: u8, mut vcpu: VcpuFd, buses: &Buses, control: &Control) -> Optio
         // function; no reference to that byte exists here.
         unsafe { flag.write_volatile(0) };
         compiler_fence(Ordering::SeqCst);
-        if !control.wait_until_running() {
-            return None;
+        match control.wait_until_running() {
+            Request::Run => {}
+            Request::RunOn => was_paused(&vcpu),
+            Request::End => return None,
         }
         let fatal = match vcpu.run() {
             Ok(exit) => match handle(exit, buses) {
@@ -106,6 +132,17 @@ fn run_loop(id: u8, mut vcpu: VcpuFd, buses: &Buses, control: &Control) -> Optio
         // uses it; for others the number is not shown.
         let suberror = unsafe { vcpu.get_kvm_run().__bindgen_anon_1.internal.suberror };
         return Some(fatal.into_error(id, suberror, arch::instruction_pointer(&vcpu)));
+    }
+}
+
+/// Tells the guest that time passed while this vCPU was paused, so that its watchdogs do not take
+/// that for a lockup of its own. Its clocks went on.
+fn was_paused(vcpu: &VcpuFd) {
+    match vcpu.kvmclock_ctrl() {
+        Ok(()) => {}
+        // The guest uses no kvm-clock: it has nothing to be told by, or has not booted that far.
+        Err(error) if error.errno() == libc::EINVAL => {}
+        Err(error) => tracing::debug!("a guest was not told that it was paused: {error}"),
     }
 }
 

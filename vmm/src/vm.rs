@@ -49,7 +49,7 @@ pub struct Vm {
     kvm: Kvm,
     fd: VmFd,
     /// Held so that the slots' mappings outlive the VM.
-    _memory: GuestMemoryMmap,
+    memory: GuestMemoryMmap,
 }
 
 impl Vm {
@@ -67,7 +67,7 @@ impl Vm {
                 memory_size: region.len(),
                 userspace_addr: region.as_ptr() as u64,
             };
-            // SAFETY: the range is one live mapping of that length. `_memory` keeps it mapped for
+            // SAFETY: the range is one live mapping of that length. `memory` keeps it mapped for
             // as long as the VM exists, and nothing else in this process relies on its contents:
             // guest memory is only accessed through vm-memory's volatile accessors.
             unsafe { fd.set_user_memory_region(slot) }
@@ -76,7 +76,7 @@ impl Vm {
         Ok(Self {
             kvm,
             fd,
-            _memory: memory.clone(),
+            memory: memory.clone(),
         })
     }
 
@@ -88,6 +88,11 @@ impl Vm {
     /// The VM's handle, for eventfds.
     pub fn fd(&self) -> &VmFd {
         &self.fd
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
     }
 
     /// Makes `cpus` vCPUs, numbered from 0.

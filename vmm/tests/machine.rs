@@ -348,6 +348,89 @@ fn a_paused_guest_prints_nothing_until_it_is_resumed() {
     assert_eq!(machine.wait(), Outcome::Stopped);
 }
 
+#[test]
+fn a_guest_with_a_kvm_clock_is_told_that_it_was_paused() {
+    const MSR_KVM_SYSTEM_TIME_NEW: u32 = 0x4b56_4d01;
+    /// Where the guest lets KVM keep the time, and in it the byte of flags.
+    const TIME: u32 = 0x20_0000;
+    const FLAGS: u32 = TIME + 29;
+    const PVCLOCK_GUEST_STOPPED: u8 = 1 << 1;
+    if no_kvm() {
+        return;
+    }
+    // mov ecx, MSR; mov eax, TIME | enabled; xor edx, edx; wrmsr
+    let guest = Guest::new()
+        .raw(&[0xb9])
+        .raw(&MSR_KVM_SYSTEM_TIME_NEW.to_le_bytes())
+        .raw(&[0xb8])
+        .raw(&(TIME | 1).to_le_bytes())
+        .raw(&[0x31, 0xd2, 0x0f, 0x30])
+        .port(COM1);
+    // For ever: mov al, [FLAGS]; out dx, al; jmp back
+    let guest = guest
+        .raw(&[0xa0])
+        .raw(&FLAGS.to_le_bytes())
+        .raw(&[0xee, 0xeb, 0xf8]);
+    let kernel = guest.kernel();
+    let console = Console::default();
+    let machine = vmm::launch(config(kernel.path(), &console)).unwrap();
+    console.wait_for(100);
+    let stopped = |byte: &u8| byte & PVCLOCK_GUEST_STOPPED != 0;
+    assert!(!console.bytes().iter().any(stopped), "told without a pause");
+    machine.pause();
+    settle(&console);
+    let before = console.bytes().len();
+    machine.resume();
+    console.wait_for(before + 100);
+    assert!(
+        console.bytes()[before..].iter().any(stopped),
+        "not told of the pause"
+    );
+}
+
+#[test]
+fn a_machine_counts_what_it_uses() {
+    if no_kvm() {
+        return;
+    }
+    // Writes to 4 MiB: mov edi, 16 MiB; mov ecx, 1 Mi; mov al, 1; rep stosd. Then prints for ever.
+    let guest = Guest::new()
+        .raw(&[0xbf, 0, 0, 0, 1, 0xb9, 0, 0, 0x10, 0, 0xb0, 1])
+        .raw(&[0xfc, 0xf3, 0xab])
+        .port(COM1)
+        .raw(&[0xee, 0xeb, 0xfd]);
+    let kernel = guest.kernel();
+    let console = Console::default();
+    let disk = NamedTempFile::new().unwrap();
+    disk.as_file().set_len(1 << 20).unwrap();
+    let mut config = config(kernel.path(), &console);
+    config.cpus = 2;
+    config.disks = vec![vmm::DiskConfig {
+        path: disk.path().to_owned(),
+        read_only: true,
+        serial: String::new(),
+    }];
+    config.vsock = Some(vmm::VsockConfig { cid: 3, uds: None });
+    let machine = vmm::launch(config).unwrap();
+    console.wait_for(1);
+    machine.pause();
+    let stats = machine.stats().unwrap();
+    assert_eq!(stats.vcpus.len(), 2);
+    assert_ne!(stats.vcpus[0].cpu_ns, 0);
+    assert_eq!(stats.memory.size, 32 << 20);
+    assert!(stats.memory.resident >= 4 << 20, "{:?}", stats.memory);
+    assert!(stats.memory.resident <= 32 << 20, "{:?}", stats.memory);
+    assert_eq!(stats.disks, [vmm::DiskStats::default()]);
+    assert_eq!(stats.nets, []);
+    assert_eq!(stats.vsock, Some(vmm::VsockStats::default()));
+    machine.resume();
+    console.wait_for(console.bytes().len() + 1000);
+    let later = machine.stats().unwrap();
+    assert!(later.vcpus[0].cpu_ns > stats.vcpus[0].cpu_ns);
+    machine.stop();
+    assert_eq!(machine.wait(), Outcome::Stopped);
+}
+
 /// Waits for the console's thread to hand over what was printed before the pause.
 fn settle(console: &Console) {
     let start = Instant::now();
