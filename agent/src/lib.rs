@@ -3,5 +3,6 @@
 //! Host and agent are always of one build: `mvm` carries the agent and writes it into every
 //! initramfs. So the protocol has no negotiation; [`protocol::VERSION`] only catches mistakes.
 
+pub mod archive;
 pub mod guest;
 pub mod protocol;

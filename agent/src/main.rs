@@ -8,6 +8,7 @@ mod clock;
 mod command;
 mod connection;
 mod console;
+mod copy;
 mod entropy;
 mod forward;
 mod hello;

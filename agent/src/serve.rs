@@ -10,6 +10,7 @@ use agent::protocol::{self, Done, Exec, FromSession, Open, Refusal};
 
 use crate::clock;
 use crate::connection::Connection;
+use crate::copy;
 use crate::reap::{Child, Reaper};
 use crate::rendezvous::{PATIENCE, Rendezvous};
 use crate::root::Prepared;
@@ -110,6 +111,8 @@ fn serve(machine: &Machine, connection: Connection, open: Open) -> io::Result<()
         }
         // The reactor's own, which it hands to nobody.
         Open::Dial(_) | Open::Attach { .. } | Open::Forward | Open::Datagrams => Ok(()),
+        Open::Pack(request) => copy::pack(machine, &connection, request),
+        Open::Unpack(request) => copy::unpack(machine, &connection, &request),
     }
 }
 

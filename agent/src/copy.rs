@@ -1,0 +1,70 @@
+//! Copies between host and machine: the machine's end of `mvm cp`.
+
+use std::io::{self, Read};
+
+use agent::archive::{self, ChunkReader, ChunkWriter, PackOptions, Policy, Root};
+use agent::protocol::{self, FromUnpack, Pack, Unpack};
+
+use crate::connection::Connection;
+use crate::serve::Machine;
+
+/// Sends a tree of the machine, to the end of the archive.
+pub fn pack(machine: &Machine, to: &Connection, request: Pack) -> io::Result<()> {
+    to.set_timeouts(None)?;
+    let mut out = ChunkWriter::new(to);
+    let options = PackOptions {
+        name: request.name,
+        follow: request.follow,
+        attributes: request.attributes,
+    };
+    let root = Root::Tree(machine.root.directory());
+    let packed = archive::pack(root, &request.path, &options, &mut out);
+    out.end(packed.map_err(|error| error.sentence()))?;
+    to.end_output();
+    Ok(())
+}
+
+/// Unpacks the archive that comes from the host.
+pub fn unpack(machine: &Machine, from: &Connection, request: &Unpack) -> io::Result<()> {
+    from.set_timeouts(None)?;
+    // What the host noted while it packed, the host has said itself.
+    let chunks = ChunkReader::new(from, |_| {});
+    let policy = Policy {
+        owned: request.owned,
+        devices: true,
+    };
+    let root = Root::Tree(machine.root.directory());
+    let mut lost = Ok(());
+    let mut note = |note| {
+        if lost.is_ok() {
+            lost = protocol::send(from, &FromUnpack::Note(note));
+        }
+    };
+    let unpacked = archive::unpack(
+        root,
+        &request.path,
+        &request.landing,
+        policy,
+        chunks,
+        &mut note,
+    );
+    lost?;
+    let done = unpacked.map(|_| ()).map_err(|error| error.sentence());
+    protocol::send(from, &FromUnpack::Done(done))?;
+    from.end_output();
+    drain(from)
+}
+
+/// Reads until the host ends: closed with bytes unread, the connection would be reset, and
+/// the answer lost.
+fn drain(mut from: &Connection) -> io::Result<()> {
+    let mut buffer = vec![0; archive::CHUNK];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
