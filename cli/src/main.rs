@@ -8,6 +8,7 @@ mod cmd;
 mod console;
 mod dirs;
 mod event;
+mod forward;
 mod guest;
 mod instance;
 mod kernel;
