@@ -100,6 +100,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "devices/src/virtio/vsock/uds.rs",
         "an eventfd of a crate that knows no borrowed descriptors",
     ),
+    ("share/src/serve.rs", "a umask for one thread"),
     ("vmm/src/memory.rs", "mmap and madvise of guest memory"),
     (
         "vmm/src/probe/guest.rs",
@@ -140,6 +141,7 @@ const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     ("cli", &["agent", "devices", "kernels", "vmm"]),
     ("devices", &[]),
     ("kernels", &[]),
+    ("share", &[]),
     ("tests", &[]),
     ("vmm", &["devices"]),
 ];

@@ -1,0 +1,416 @@
+//! The inodes that the guest knows, by number.
+//!
+//! An inode is known from the moment a reply names it until the guest has forgotten it as often as
+//! it was named. It is reached through a descriptor that only holds on to it (`O_PATH`). There are
+//! fewer descriptors than a guest may know inodes, so one that was not used lately is closed, and
+//! the inode is found again by its name in its parent when it is needed: one step of a path from
+//! the parent's descriptor, and then it has to be the same file still, by filesystem, inode number
+//! and time of birth. What has no name to find it by, and what is open, keeps its descriptor.
+
+use std::collections::{HashMap, VecDeque};
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+
+use rustix::fs::FileType;
+use rustix::io::Errno;
+
+use crate::host::{self, Key, Stat};
+use crate::owner::Override;
+use crate::wire::ROOT_ID;
+
+/// How many directories deep a path may be. Linux has no such limit, but paths of 4096 bytes.
+const MAX_DEPTH: usize = 4096;
+/// How many descriptors are looked at, at most, to find one that can be closed.
+const EVICTION_STEPS: usize = 64;
+
+/// A descriptor that counts.
+#[derive(Debug)]
+pub(crate) struct Held {
+    fd: OwnedFd,
+    count: Arc<AtomicUsize>,
+}
+
+impl AsFd for Held {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.count.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Where an inode is found: a name in a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub parent: u64,
+    pub name: CString,
+}
+
+/// A file that the guest knows.
+#[derive(Debug)]
+pub(crate) struct Inode {
+    pub id: u64,
+    pub key: Key,
+    pub birth: Option<(i64, u32)>,
+    pub kind: FileType,
+    /// How often replies named it. Changed under the table's lock only.
+    lookups: AtomicU64,
+    place: Mutex<Option<Place>>,
+    held: Mutex<Option<Arc<Held>>>,
+    /// Whether the descriptor was used since it was last looked at.
+    used: AtomicBool,
+    /// How many handles are open on it.
+    pub handles: AtomicU32,
+    /// Whether the guest sees it setuid or setgid, or may: to be taken away when it is written.
+    pub privileged: AtomicBool,
+    /// What it is to the guest, where the host cannot remember it.
+    pub remembered: Mutex<Option<Override>>,
+}
+
+impl Inode {
+    /// Where it was found last; nothing for the root and for what has lost its name.
+    pub fn place(&self) -> Option<Place> {
+        lock(&self.place).clone()
+    }
+
+    fn evictable(&self) -> bool {
+        self.id != ROOT_ID
+            && self.birth.is_some()
+            && self.handles.load(Ordering::Relaxed) == 0
+            && lock(&self.place).is_some()
+    }
+
+    fn is(&self, stat: &Stat) -> bool {
+        self.key == stat.key && self.birth == stat.birth && self.kind == stat.kind()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    by_id: HashMap<u64, Arc<Inode>>,
+    by_key: HashMap<Key, u64>,
+}
+
+/// All inodes that the guest knows.
+#[derive(Debug)]
+pub(crate) struct Inodes {
+    table: RwLock<Table>,
+    next: AtomicU64,
+    max_inodes: usize,
+    max_held: usize,
+    /// How many descriptors there are.
+    held: Arc<AtomicUsize>,
+    /// Whose they are, the ones to look at first in front. Some may be gone.
+    queue: Mutex<VecDeque<Weak<Inode>>>,
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What the locks here guard is whole between any two statements.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Inodes {
+    /// A table with the root in it, of at most `max_inodes` inodes and `max_held` descriptors.
+    pub fn new(root: OwnedFd, stat: &Stat, max_inodes: usize, max_held: usize) -> Self {
+        let inodes = Self {
+            table: RwLock::default(),
+            next: AtomicU64::new(ROOT_ID + 1),
+            max_inodes,
+            max_held,
+            held: Arc::default(),
+            queue: Mutex::default(),
+        };
+        let root_inode = Arc::new(Self::make(ROOT_ID, stat, None));
+        inodes.held.fetch_add(1, Ordering::Relaxed);
+        *lock(&root_inode.held) = Some(Arc::new(Held {
+            fd: root,
+            count: inodes.held.clone(),
+        }));
+        let mut table = inodes.write();
+        table.by_key.insert(stat.key, ROOT_ID);
+        table.by_id.insert(ROOT_ID, root_inode);
+        drop(table);
+        inodes
+    }
+
+    fn make(id: u64, stat: &Stat, place: Option<Place>) -> Inode {
+        Inode {
+            id,
+            key: stat.key,
+            birth: stat.birth,
+            kind: stat.kind(),
+            lookups: AtomicU64::new(1),
+            place: Mutex::new(place),
+            held: Mutex::new(None),
+            used: AtomicBool::new(true),
+            handles: AtomicU32::new(0),
+            privileged: AtomicBool::new(false),
+            remembered: Mutex::new(None),
+        }
+    }
+
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, Table> {
+        self.table.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, Table> {
+        self.table.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The inode with this number.
+    ///
+    /// # Errors
+    /// `ESTALE` where the guest was never told of it, or has forgotten it.
+    pub fn get(&self, id: u64) -> Result<Arc<Inode>, Errno> {
+        self.read().by_id.get(&id).cloned().ok_or(Errno::STALE)
+    }
+
+    /// The inode of a file, if the guest knows it.
+    pub fn find(&self, stat: &Stat) -> Option<Arc<Inode>> {
+        let table = self.read();
+        let inode = table.by_id.get(table.by_key.get(&stat.key)?)?;
+        inode.is(stat).then(|| inode.clone())
+    }
+
+    /// The inode of what was found as `name` in `parent`, which the guest now knows once more.
+    ///
+    /// # Errors
+    /// `ENFILE` where the guest knows more inodes than it may.
+    pub fn enter(&self, parent: u64, name: &CStr, stat: &Stat) -> Result<Arc<Inode>, Errno> {
+        let place = Place {
+            parent,
+            name: name.to_owned(),
+        };
+        let mut table = self.write();
+        let known = table.by_key.get(&stat.key).copied();
+        if let Some(inode) = known.and_then(|id| table.by_id.get(&id))
+            && inode.is(stat)
+        {
+            inode.lookups.fetch_add(1, Ordering::Relaxed);
+            if inode.id != ROOT_ID {
+                *lock(&inode.place) = Some(place);
+            }
+            return Ok(inode.clone());
+        }
+        self.add(&mut table, stat, Some(place))
+    }
+
+    /// The inode of a new file without a name.
+    ///
+    /// # Errors
+    /// `ENFILE` where the guest knows more inodes than it may.
+    pub fn enter_nameless(&self, stat: &Stat) -> Result<Arc<Inode>, Errno> {
+        self.add(&mut self.write(), stat, None)
+    }
+
+    /// An inode has got one more name, by which the guest knows it once more.
+    ///
+    /// # Errors
+    /// `ESTALE` where the guest has forgotten it meanwhile.
+    pub fn enter_known(&self, inode: &Inode, parent: u64, name: &CStr) -> Result<(), Errno> {
+        let mut table = self.write();
+        let known = table.by_id.get(&inode.id).ok_or(Errno::STALE)?;
+        known.lookups.fetch_add(1, Ordering::Relaxed);
+        self.set_place(
+            inode,
+            Some(Place {
+                parent,
+                name: name.to_owned(),
+            }),
+        );
+        table.by_key.insert(inode.key, inode.id);
+        Ok(())
+    }
+
+    fn add(
+        &self,
+        table: &mut Table,
+        stat: &Stat,
+        place: Option<Place>,
+    ) -> Result<Arc<Inode>, Errno> {
+        if table.by_id.len() >= self.max_inodes {
+            return Err(Errno::NFILE);
+        }
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let inode = Arc::new(Self::make(id, stat, place));
+        table.by_key.insert(stat.key, id);
+        table.by_id.insert(id, inode.clone());
+        Ok(inode)
+    }
+
+    /// The guest forgets `count` of the times it was told of an inode.
+    pub fn forget(&self, id: u64, count: u64) {
+        if id == ROOT_ID {
+            return;
+        }
+        let mut table = self.write();
+        let Some(inode) = table.by_id.get(&id) else {
+            return;
+        };
+        let left = inode.lookups.load(Ordering::Relaxed).saturating_sub(count);
+        inode.lookups.store(left, Ordering::Relaxed);
+        if left > 0 {
+            return;
+        }
+        let key = inode.key;
+        let gone = table.by_id.remove(&id);
+        if table.by_key.get(&key) == Some(&id) {
+            table.by_key.remove(&key);
+        }
+        drop(table);
+        // Closes the descriptor, which may take its time, with no lock held.
+        drop(gone);
+    }
+
+    /// Forgets all but the root.
+    pub fn clear(&self) {
+        let mut table = self.write();
+        let gone: Vec<_> = table.by_id.extract_if(|id, _| *id != ROOT_ID).collect();
+        table.by_key.retain(|_, id| *id == ROOT_ID);
+        drop(table);
+        drop(gone);
+    }
+
+    /// How many inodes the guest knows.
+    pub fn len(&self) -> usize {
+        self.read().by_id.len()
+    }
+
+    /// How many descriptors hold on to inodes.
+    pub fn held(&self) -> usize {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// The inode is found at `place` now, or by no name.
+    pub fn set_place(&self, inode: &Inode, place: Option<Place>) {
+        if inode.id != ROOT_ID {
+            *lock(&inode.place) = place;
+        }
+    }
+
+    /// The inode has lost its last name: a later file with its number is another.
+    pub fn unname(&self, inode: &Inode) {
+        self.set_place(inode, None);
+        let mut table = self.write();
+        if table.by_key.get(&inode.key) == Some(&inode.id) {
+            table.by_key.remove(&inode.key);
+        }
+    }
+
+    /// A descriptor of an inode.
+    ///
+    /// # Errors
+    /// `ESTALE` where it is not found any more where it was; `ENFILE` where there are too many
+    /// descriptors.
+    pub fn hold(&self, inode: &Arc<Inode>) -> Result<Arc<Held>, Errno> {
+        if let Some(held) = &*lock(&inode.held) {
+            inode.used.store(true, Ordering::Relaxed);
+            return Ok(held.clone());
+        }
+        // Up to the first that is held, then down again: no lock is held meanwhile, as names may
+        // have become a circle in the eyes of the guest.
+        let mut missing = vec![(inode.clone(), inode.place().ok_or(Errno::STALE)?)];
+        let mut dir = loop {
+            let parent = missing.last().ok_or(Errno::STALE)?.1.parent;
+            let parent = self.get(parent)?;
+            if let Some(held) = &*lock(&parent.held) {
+                break held.clone();
+            }
+            if missing.len() >= MAX_DEPTH {
+                return Err(Errno::STALE);
+            }
+            let place = parent.place().ok_or(Errno::STALE)?;
+            missing.push((parent, place));
+        };
+        while let Some((inode, place)) = missing.pop() {
+            dir = self.hold_at(&inode, dir.as_fd(), &place.name)?;
+        }
+        Ok(dir)
+    }
+
+    /// Holds on to an inode that was just found as `name` in `dir`.
+    pub fn hold_at(
+        &self,
+        inode: &Arc<Inode>,
+        dir: BorrowedFd<'_>,
+        name: &CStr,
+    ) -> Result<Arc<Held>, Errno> {
+        if let Some(held) = &*lock(&inode.held) {
+            return Ok(held.clone());
+        }
+        let fd = match host::hold(dir, name) {
+            Err(Errno::MFILE | Errno::NFILE) => {
+                self.evict(EVICTION_STEPS);
+                host::hold(dir, name)
+            }
+            outcome => outcome,
+        };
+        let fd = fd.map_err(|errno| match errno {
+            // Another file took its place, or none.
+            Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV => Errno::STALE,
+            errno => errno,
+        })?;
+        if !inode.is(&Stat::fd(fd.as_fd())?) {
+            return Err(Errno::STALE);
+        }
+        self.keep(inode, fd)
+    }
+
+    /// Keeps `fd` as the descriptor of `inode`.
+    pub fn keep(&self, inode: &Arc<Inode>, fd: OwnedFd) -> Result<Arc<Held>, Errno> {
+        let held = {
+            let mut slot = lock(&inode.held);
+            if let Some(held) = &*slot {
+                return Ok(held.clone());
+            }
+            self.held.fetch_add(1, Ordering::Relaxed);
+            let held = Arc::new(Held {
+                fd,
+                count: self.held.clone(),
+            });
+            *slot = Some(held.clone());
+            held
+        };
+        inode.used.store(true, Ordering::Relaxed);
+        lock(&self.queue).push_back(Arc::downgrade(inode));
+        let excess = self.held().saturating_sub(self.max_held);
+        if excess > 0 {
+            self.evict(excess);
+            // All of them are needed: some slack for what is in use right now, no more.
+            if self.held() > self.max_held + self.max_held / 8 + EVICTION_STEPS {
+                lock(&inode.held).take();
+                return Err(Errno::NFILE);
+            }
+        }
+        Ok(held)
+    }
+
+    /// Closes up to `count` descriptors that were not used lately.
+    fn evict(&self, count: usize) {
+        let mut closed = Vec::new();
+        let mut queue = lock(&self.queue);
+        for _ in 0..queue.len().min(EVICTION_STEPS + count) {
+            let Some(weak) = queue.pop_front() else {
+                break;
+            };
+            let Some(inode) = weak.upgrade() else {
+                continue;
+            };
+            if inode.used.swap(false, Ordering::Relaxed) || !inode.evictable() {
+                queue.push_back(weak);
+                continue;
+            }
+            closed.extend(lock(&inode.held).take());
+            if closed.len() >= count {
+                break;
+            }
+        }
+        drop(queue);
+        drop(closed);
+    }
+}

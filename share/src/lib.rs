@@ -1,0 +1,23 @@
+//! The host side of a shared folder: a FUSE server for a directory of the host.
+//!
+//! It takes whole FUSE requests and gives whole replies and notifications, over any [`Channel`]: it
+//! knows nothing of how they travel. [`Share`] is what is shared, [`dispatch()`] does what one request
+//! asks for, [`serve()`] is the loop of a thread around it.
+
+mod channel;
+mod dispatch;
+mod handle;
+mod host;
+mod inode;
+mod message;
+mod owner;
+mod passthrough;
+mod serve;
+pub mod wire;
+
+pub use channel::Channel;
+pub use dispatch::{Answer, dispatch};
+pub use message::{Args, NAME_MAX, PATH_MAX, Reply, check_name, notification};
+pub use owner::{Ids, Owner, XATTR, XATTR_PREFIX};
+pub use passthrough::{Cache, Caller, Limits, MAX_TRANSFER, Options, Share, ShareError};
+pub use serve::serve;

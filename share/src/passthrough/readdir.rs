@@ -1,0 +1,133 @@
+//! What is in a directory.
+
+use std::ffi::CStr;
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
+
+use rustix::fs::{FileType, RawDir, SeekFrom};
+use rustix::io::Errno;
+
+use super::{MAX_TRANSFER, Share, shown_number};
+use crate::handle::Handle;
+use crate::host::{Key, Stat};
+use crate::inode::lock;
+use crate::message::Reply;
+use crate::wire::{Dirent, EntryOut, ReadIn};
+
+/// How much is read of the host's directory at a time, bytes: at least one entry fits.
+const MIN_BUFFER: usize = 1024;
+const MAX_BUFFER: usize = 64 << 10;
+
+/// An entry of the host's directory.
+struct Found<'a> {
+    name: &'a CStr,
+    ino: u64,
+    kind: FileType,
+    /// Where the entry after it is.
+    next: u64,
+}
+
+impl Share {
+    /// Lists a directory from an offset on, with attributes (`plus`) or without. With them, each
+    /// entry counts as looked up.
+    pub(crate) fn readdir(
+        &self,
+        id: u64,
+        asked: &ReadIn,
+        plus: bool,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
+        let handle = self.handles.get(asked.fh, id)?;
+        if handle.inode.kind != FileType::Directory {
+            return Err(Errno::NOTDIR);
+        }
+        let limit = usize::try_from(asked.size)
+            .unwrap_or(MAX_TRANSFER)
+            .min(MAX_TRANSFER);
+        // An entry takes some six times less of the host's buffer when attributes go with it.
+        let share = if plus { limit / 6 } else { limit };
+        let size = share.clamp(MIN_BUFFER, MAX_BUFFER).next_multiple_of(8);
+        let mut position = lock(&handle.position);
+        if *position != asked.offset {
+            rustix::fs::seek(&*handle, SeekFrom::Start(asked.offset))?;
+            *position = asked.offset;
+        }
+        let mut buffer = vec![MaybeUninit::uninit(); size];
+        let mut entries = RawDir::new(&*handle, &mut buffer);
+        while let Some(entry) = entries.next() {
+            let entry = entry?;
+            let found = Found {
+                name: entry.file_name(),
+                ino: entry.ino(),
+                kind: entry.file_type(),
+                next: entry.next_entry_cookie(),
+            };
+            if !self.list(&handle, &found, plus, limit, reply)? {
+                // The kernel's position is behind what it gave; the next read is to begin with this.
+                rustix::fs::seek(&*handle, SeekFrom::Start(*position))?;
+                return Ok(());
+            }
+            *position = found.next;
+        }
+        Ok(())
+    }
+
+    /// Adds one entry, unless the reply would be longer than `limit` bytes.
+    fn list(
+        &self,
+        handle: &Handle,
+        found: &Found<'_>,
+        plus: bool,
+        limit: usize,
+        reply: &mut Reply,
+    ) -> Result<bool, Errno> {
+        let name = found.name.to_bytes();
+        let head = if plus { size_of::<EntryOut>() } else { 0 };
+        let padded = (size_of::<Dirent>() + name.len()).next_multiple_of(8);
+        if reply.len() + head + padded > limit {
+            return Ok(false);
+        }
+        let mut kind = found.kind;
+        let mut ino = found.ino ^ shown_number_of_dev(handle.inode.key.dev);
+        if plus {
+            let entry = match name {
+                b"." | b".." => EntryOut::default(),
+                _ => match self.entry_of(handle, found.name) {
+                    // It has vanished meanwhile.
+                    Err(Errno::NOENT) => return Ok(true),
+                    // The guest sees that it is there, and asks again for more.
+                    Err(_) => EntryOut::default(),
+                    Ok(entry) => entry,
+                },
+            };
+            if entry.nodeid != 0 {
+                kind = FileType::from_raw_mode(entry.attr.mode);
+                ino = entry.attr.ino;
+            }
+            reply.push(&entry)?;
+        }
+        reply.push(&Dirent {
+            ino,
+            off: found.next,
+            namelen: u32::try_from(name.len()).map_err(|_| Errno::NAMETOOLONG)?,
+            kind: kind.as_raw_mode() >> 12,
+        })?;
+        reply.put(name)?;
+        let padding = padded - size_of::<Dirent>() - name.len();
+        reply.put([0; 8].get(..padding).unwrap_or_default())?;
+        Ok(true)
+    }
+
+    fn entry_of(&self, handle: &Handle, name: &CStr) -> Result<EntryOut, Errno> {
+        let dir = handle.as_fd();
+        let stat = Stat::at(dir, name)?;
+        let inode = self.enter(handle.inode.id, dir, name, &stat)?;
+        let over = self.owners.recall_at(dir, name, &stat, Some(&inode));
+        Ok(self.entry(&inode, &stat, &over))
+    }
+}
+
+/// What tells the numbers of a filesystem's inodes apart from those of others.
+fn shown_number_of_dev(dev: u64) -> u64 {
+    shown_number(Key { dev, ino: 0 })
+}

@@ -1,0 +1,149 @@
+//! A share mounted by this machine's own kernel: the server's side of `/dev/fuse`.
+
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io::{self, IoSlice, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use std::thread;
+
+use rustix::fs::{Gid, Uid};
+use rustix::mount::{MountFlags, UnmountFlags};
+use share::{Channel, Options, Share, serve};
+
+/// How many threads serve a mount, each at a queue of its own.
+const THREADS: usize = 4;
+
+/// One queue of a FUSE connection.
+pub struct Device(pub File);
+
+impl Channel for Device {
+    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match (&self.0).read(buffer) {
+                // The request was interrupted before it was read.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINTR)) => {}
+                // The filesystem is not mounted any more.
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(0),
+                outcome => return outcome,
+            }
+        }
+    }
+
+    fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        (&self.0).write_vectored(parts).map(drop)
+    }
+}
+
+/// A share that is mounted until this is dropped.
+pub struct Mounted {
+    pub source: PathBuf,
+    pub at: PathBuf,
+    pub share: Arc<Share>,
+    _dirs: Vec<tempfile::TempDir>,
+}
+
+impl Mounted {
+    /// A new directory, shared by the user who runs the tests.
+    pub fn new(options: Options) -> Option<Self> {
+        Self::of_new(options, None)
+    }
+
+    /// A new directory, shared by `ids`, who owns it and has no privileges.
+    pub fn rootless(options: Options, ids: (u32, u32)) -> Option<Self> {
+        Self::of_new(options, Some(ids))
+    }
+
+    fn of_new(options: Options, ids: Option<(u32, u32)>) -> Option<Self> {
+        let source = tempfile::tempdir().unwrap();
+        if let Some((uid, gid)) = ids {
+            std::os::unix::fs::chown(source.path(), Some(uid), Some(gid)).unwrap();
+        }
+        let at = tempfile::tempdir().unwrap();
+        let mut mounted = Self::of(source.path(), at.path(), options, ids)?;
+        mounted._dirs = vec![source, at];
+        Some(mounted)
+    }
+
+    /// Mounts what `source` is at `at`; nothing where this machine does not let us.
+    pub fn of(source: &Path, at: &Path, options: Options, ids: Option<(u32, u32)>) -> Option<Self> {
+        let device = open_device()?;
+        let (sender, receiver) = mpsc::channel();
+        let shared = source.to_owned();
+        let queues: Vec<_> = (1..THREADS).map(|_| clone(&device)).collect();
+        let fd = device.as_raw_fd();
+        thread::spawn(move || {
+            if let Some((uid, gid)) = ids {
+                become_user(uid, gid);
+            }
+            let share = Arc::new(Share::open(&shared, options).unwrap());
+            sender.send(share.clone()).unwrap();
+            for queue in [device].into_iter().chain(queues) {
+                let share = share.clone();
+                thread::spawn(move || serve(&share, &Device(queue)).unwrap());
+            }
+        });
+        let share = receiver.recv().unwrap();
+        let mode = share.root_mode().unwrap() & 0o170_000;
+        let data = format!(
+            "fd={fd},rootmode={mode:o},user_id=0,group_id=0,allow_other,default_permissions"
+        );
+        let data = CString::new(data).unwrap();
+        let flags = MountFlags::NOSUID | MountFlags::NODEV;
+        if let Err(error) = rustix::mount::mount("share", at, "fuse.mvm", flags, &*data) {
+            skip(&format!("FUSE cannot be mounted: {error}"));
+            return None;
+        }
+        Some(Self {
+            source: source.to_owned(),
+            at: at.to_owned(),
+            share,
+            _dirs: Vec::new(),
+        })
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = rustix::mount::unmount(&self.at, UnmountFlags::DETACH);
+    }
+}
+
+fn skip(why: &str) {
+    eprintln!("skipped: {why}");
+}
+
+fn open_device() -> Option<File> {
+    let opened = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_CLOEXEC)
+        .open("/dev/fuse");
+    opened
+        .inspect_err(|error| skip(&format!("/dev/fuse cannot be opened: {error}")))
+        .ok()
+}
+
+/// One more queue of the connection that `device` is.
+fn clone(device: &File) -> File {
+    const FUSE_DEV_IOC_CLONE: libc::c_ulong = 0x8004_e500;
+    let queue = open_device().unwrap();
+    let fd = device.as_raw_fd();
+    // SAFETY: the ioctl reads one number, which outlives the call.
+    let outcome = unsafe { libc::ioctl(queue.as_raw_fd(), FUSE_DEV_IOC_CLONE, &raw const fd) };
+    // Before it is mounted there is no connection to clone: threads may read one queue as well.
+    match outcome {
+        0 => queue,
+        _ => device.try_clone().unwrap(),
+    }
+}
+
+/// Makes this thread, and those it starts, ones of a user without privileges.
+fn become_user(uid: u32, gid: u32) {
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    rustix::thread::set_thread_groups(&[]).unwrap();
+    rustix::thread::set_thread_res_gid(gid, gid, gid).unwrap();
+    rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
+}
