@@ -10,9 +10,6 @@ use rustix::event::epoll::EventFlags;
 use super::Held;
 use super::handshake::{Handshake, Next};
 
-/// How long a client may take to say what it wants, and again to take the answer.
-const PHASE_TIMEOUT: Duration = Duration::from_secs(30);
-
 /// How long, and for how many bytes, the client of a refused request is listened to, so that it reads
 /// the answer: closing with unread bytes resets the connection and takes the answer away.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(2);
@@ -28,6 +25,8 @@ pub struct Client {
     /// What it is still to be sent.
     out: Vec<u8>,
     phase: Phase,
+    /// How long it may take to say what it wants, and again to take the answer.
+    patience: Duration,
     deadline: Option<Instant>,
 }
 
@@ -61,14 +60,16 @@ pub enum Step {
 }
 
 impl Client {
-    /// A client that was just accepted.
-    pub fn new(stream: TcpStream) -> Self {
+    /// A client that was just accepted, and may take `patience` to say what it wants and again to take
+    /// the answer.
+    pub fn new(stream: TcpStream, patience: Duration) -> Self {
         Self {
             stream,
             handshake: Handshake::new(),
             out: Vec::new(),
             phase: Phase::Reading,
-            deadline: Some(Instant::now() + PHASE_TIMEOUT),
+            patience,
+            deadline: Some(Instant::now() + patience),
         }
     }
 
@@ -104,11 +105,11 @@ impl Client {
         match result {
             Ok(held) => {
                 self.out.extend(self.handshake.connected());
-                self.enter(Phase::Joining(held), Some(PHASE_TIMEOUT));
+                self.enter(Phase::Joining(held), Some(self.patience));
             }
             Err(error) => {
                 self.out.extend(self.handshake.failed(&error));
-                self.enter(Phase::Ending, Some(PHASE_TIMEOUT));
+                self.enter(Phase::Ending, Some(self.patience));
             }
         }
         self.advance()
@@ -171,7 +172,7 @@ impl Client {
                             self.enter(Phase::Dialing, None);
                             return Ok(Step::Associate(port));
                         }
-                        Next::Close => self.enter(Phase::Ending, Some(PHASE_TIMEOUT)),
+                        Next::Close => self.enter(Phase::Ending, Some(self.patience)),
                     }
                 }
                 Phase::Dialing => return Ok(self.wait()),

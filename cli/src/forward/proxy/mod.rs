@@ -19,10 +19,14 @@ use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use agent::protocol::{DialError, Target};
 
 use server::{Mailbox, Message, Server};
+
+/// How long a client may take to say what it wants, and again to take an answer.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What is called with the outcome of a dial.
 pub type DialDone = Box<dyn FnOnce(Result<Box<dyn Held>, DialError>) + Send>;
@@ -58,9 +62,17 @@ impl Proxy {
     /// # Errors
     /// Where the system has no thread or descriptor left.
     pub fn start(listeners: Vec<TcpListener>, dialer: impl Dialer) -> io::Result<Self> {
+        Self::start_with(listeners, dialer, PATIENCE)
+    }
+
+    fn start_with(
+        listeners: Vec<TcpListener>,
+        dialer: impl Dialer,
+        patience: Duration,
+    ) -> io::Result<Self> {
         let addresses = listeners.iter().map(TcpListener::local_addr);
         let addresses = addresses.collect::<io::Result<_>>()?;
-        let (mut server, mailbox) = Server::new(listeners, dialer)?;
+        let (mut server, mailbox) = Server::new(listeners, dialer, patience)?;
         let thread = thread::Builder::new().name("proxy".into());
         let thread = thread.spawn(move || {
             if let Err(error) = server.run() {

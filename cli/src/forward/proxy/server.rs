@@ -69,6 +69,7 @@ pub struct Server<D> {
     /// Set while no client is accepted.
     paused_until: Option<Instant>,
     dialer: D,
+    patience: Duration,
     mailbox: Mailbox,
     messages: Receiver<Message>,
     /// By number, so the oldest comes first.
@@ -78,8 +79,12 @@ pub struct Server<D> {
 }
 
 impl<D: Dialer> Server<D> {
-    /// Ready to run on a thread.
-    pub fn new(listeners: Vec<TcpListener>, dialer: D) -> io::Result<(Self, Mailbox)> {
+    /// Ready to run on a thread; clients are given `patience`.
+    pub fn new(
+        listeners: Vec<TcpListener>,
+        dialer: D,
+        patience: Duration,
+    ) -> io::Result<(Self, Mailbox)> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
         epoll::add(&epoll, &wake, EventData::new_u64(MAILBOX), EventFlags::IN)?;
@@ -97,6 +102,7 @@ impl<D: Dialer> Server<D> {
             listeners,
             paused_until: None,
             dialer,
+            patience,
             mailbox: mailbox.clone(),
             messages,
             clients: BTreeMap::new(),
@@ -197,7 +203,8 @@ impl<D: Dialer> Server<D> {
             return;
         }
         self.next_client += 1;
-        self.clients.insert(number, Client::new(stream));
+        self.clients
+            .insert(number, Client::new(stream, self.patience));
     }
 
     /// Makes room by ending the oldest client that is waited for.
@@ -250,10 +257,14 @@ impl<D: Dialer> Server<D> {
 
     /// Has a client do something, and gives it what it then needs.
     fn step(&mut self, number: u64, act: impl FnOnce(&mut Client) -> Step) {
-        let Some(client) = self.clients.get_mut(&number) else {
-            return;
-        };
-        match act(client) {
+        if let Some(client) = self.clients.get_mut(&number) {
+            let step = act(client);
+            self.follow(number, step);
+        }
+    }
+
+    fn follow(&mut self, number: u64, step: Step) {
+        match step {
             Step::Wait(flags) => self.watch_client(number, flags),
             Step::Dial(target) => {
                 self.watch_client(number, EventFlags::empty());
@@ -261,14 +272,13 @@ impl<D: Dialer> Server<D> {
                 let done = move |result| mailbox.send(Message::Dialed(number, result));
                 self.dialer.dial(target, Box::new(done));
             }
-            Step::Associate(port) => match self.associate(number, port) {
-                Ok(relay) => self.step(number, |client| client.associated(relay)),
-                Err(error) => {
-                    tracing::debug!("no datagrams for a client of the proxy: {error}");
-                    let error = DialError::Other(error.to_string());
-                    self.step(number, |client| client.dialed(Err(error)));
-                }
-            },
+            Step::Associate(port) => {
+                let result = self.associate(number, port);
+                self.step(number, |client| match result {
+                    Ok(relay) => client.associated(relay),
+                    Err(error) => client.dialed(Err(DialError::Other(error.to_string()))),
+                });
+            }
             Step::Join => {
                 if let Some(client) = self.remove(number)
                     && let Err(error) = client.join()

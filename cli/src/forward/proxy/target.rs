@@ -103,8 +103,20 @@ mod tests {
         assert_eq!(authority("[::1]", Some(80)), host("::1", 80));
         assert_eq!(authority("db:", Some(80)), host("db", 80));
         let refused = [
-            "db", "db:", ":80", "db:0", "db:+80", "db:000080", "db:65536", "a@db:1", "::1:80", "[::1",
-            "[::1]x:1", "[db]:80", "db:80:80", "",
+            "db",
+            "db:",
+            ":80",
+            "db:0",
+            "db:+80",
+            "db:000080",
+            "db:65536",
+            "a@db:1",
+            "::1:80",
+            "[::1",
+            "[::1]x:1",
+            "[db]:80",
+            "db:80:80",
+            "",
         ];
         for text in refused {
             assert_eq!(authority(text, None), None, "{text}");
