@@ -6,6 +6,7 @@ mod accel;
 mod args;
 mod cmd;
 mod console;
+mod copy;
 mod dirs;
 mod event;
 mod forward;

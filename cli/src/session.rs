@@ -4,8 +4,7 @@
 //! it reads. The threads here only copy; what is to happen is decided by whoever reads the events.
 
 use std::hash::{BuildHasher, RandomState};
-use std::io::{self, Read, Write};
-use std::net::Shutdown;
+use std::io;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::Sender;
@@ -15,11 +14,9 @@ use std::time::Instant;
 
 use agent::protocol::{self, AGENT_PORT, Exec, Open, StreamKind, ToSession, WindowSize};
 
+use crate::copy;
 use crate::event::Event;
 use crate::link::Link;
-
-/// Bytes copied at a time.
-const CHUNK: usize = 256 << 10;
 
 /// The connections of a command that an agent was asked for, nothing read from any yet.
 #[derive(Debug)]
@@ -101,7 +98,7 @@ impl Session {
             first_output: first_output.clone(),
         };
         if let Some(input) = input {
-            spawn("input", move || copy_input(&input))?;
+            spawn("input", move || copy::input(rustix::stdio::stdin(), &input))?;
         }
         for (stream, to) in outputs {
             let (events, first) = (events.clone(), first_output.clone());
@@ -167,73 +164,13 @@ fn read_replies(mut control: UnixStream, events: &Sender<Event>) {
     }
 }
 
-/// Copies standard input to the command; its end is the command's end of file.
-fn copy_input(mut to: &UnixStream) {
-    let mut buffer = vec![0u8; CHUNK];
-    loop {
-        match rustix::io::read(rustix::stdio::stdin(), &mut buffer) {
-            Ok(0) => break,
-            Ok(len) => {
-                if to.write_all(&buffer[..len]).is_err() {
-                    // The command closed its standard input, or ended.
-                    return;
-                }
-            }
-            Err(rustix::io::Errno::INTR) => {}
-            Err(rustix::io::Errno::AGAIN) => wait_for(rustix::stdio::stdin(), true),
-            Err(error) => {
-                tracing::debug!("standard input cannot be read: {error}");
-                break;
-            }
-        }
-    }
-    let _ = to.shutdown(Shutdown::Write);
-}
-
-/// Copies the command's output until it ends; when nobody reads ours any more, the command is told
-/// by closing its stream (it gets SIGPIPE, as it would in a pipeline).
-fn copy_output(mut from: &UnixStream, to: BorrowedFd<'_>, first: &OnceLock<Instant>) {
-    let mut buffer = vec![0u8; CHUNK];
-    loop {
-        match from.read(&mut buffer) {
-            Ok(0) => return,
-            Ok(len) => {
-                first.get_or_init(Instant::now);
-                if let Err(error) = write_all(to, &buffer[..len]) {
-                    tracing::debug!("output cannot be written: {error}");
-                    let _ = from.shutdown(Shutdown::Both);
-                    return;
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => {
-                tracing::debug!("an output stream broke: {error}");
-                return;
-            }
-        }
-    }
-}
-
-/// Writes all of `data`, also where the caller left the descriptor non-blocking.
-fn write_all(to: BorrowedFd<'_>, mut data: &[u8]) -> rustix::io::Result<()> {
-    while !data.is_empty() {
-        match rustix::io::write(to, data) {
-            Ok(len) => data = &data[len..],
-            Err(rustix::io::Errno::INTR) => {}
-            Err(rustix::io::Errno::AGAIN) => wait_for(to, false),
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(())
-}
-
-fn wait_for(fd: BorrowedFd<'_>, readable: bool) {
-    use rustix::event::{PollFd, PollFlags, poll};
-    let flags = if readable {
-        PollFlags::IN
-    } else {
-        PollFlags::OUT
+/// Copies one of the command's streams until it ends, and notes when the first of it came.
+fn copy_output(from: &UnixStream, to: BorrowedFd<'_>, first: &OnceLock<Instant>) {
+    let came = || {
+        first.get_or_init(Instant::now);
     };
-    // A failed poll is followed by another try of the operation, which names the failure.
-    let _ = poll(&mut [PollFd::from_borrowed_fd(fd, flags)], None);
+    // Where nobody reads ours any more the command gets SIGPIPE, as it would in a pipeline.
+    if let Err(error) = copy::output(from, to, came) {
+        tracing::debug!("{error}");
+    }
 }

@@ -1,7 +1,9 @@
 //! The verbs.
 
 pub mod accel;
+pub mod connect;
 pub mod console;
 pub mod doctor;
 pub mod kernel;
 pub mod run;
+pub mod ssh_config;
