@@ -58,9 +58,10 @@ impl<R: BufRead> Decoder<R> {
     pub fn next(&mut self) -> Result<Option<Member>, ArchiveError> {
         self.pass_over()?;
         let mut extended = Extended::default();
+        let mut is_described = false;
         loop {
             let Some(header) = self.header()? else {
-                return Ok(None);
+                return if is_described { Err(CUT) } else { Ok(None) };
             };
             let size = header.entry_size().map_err(|_| NUMBER)?;
             match header.entry_type() {
@@ -73,9 +74,11 @@ impl<R: BufRead> Decoder<R> {
                 // Comments, and defaults that nobody uses.
                 EntryType::XGlobalHeader => {
                     self.extended(size)?;
+                    continue;
                 }
                 _ => return self.member(&header, extended).map(Some),
             }
+            is_described = true;
         }
     }
 

@@ -1,5 +1,8 @@
 //! Trees packed and unpacked again on this machine's own filesystem, and hostile archives.
 
+mod hostile;
+mod landing;
+mod race;
 mod tree;
 
 use std::fs;
