@@ -17,11 +17,33 @@ pub fn runtime() -> Result<PathBuf> {
         Some(dir) if dir.is_absolute() && dir.is_dir() => dir.join("mvm"),
         _ => PathBuf::from(format!("/tmp/mvm-{uid}")),
     };
-    private_dir(&dir, uid)?;
+    private_dir(&dir, uid, "XDG_RUNTIME_DIR")?;
     Ok(dir)
 }
 
-fn private_dir(dir: &Path, uid: u32) -> Result<()> {
+/// The directory for what outlives a machine's process: `$XDG_STATE_HOME/mvm`, else `~/.local/state/mvm`.
+///
+/// It is made with mode 0700, and refused as [`runtime`] is.
+pub fn state() -> Result<PathBuf> {
+    let base = match env::var_os("XDG_STATE_HOME").map(PathBuf::from) {
+        Some(dir) if dir.is_absolute() => dir,
+        _ => match env::var_os("HOME").map(PathBuf::from) {
+            Some(home) if home.is_absolute() => home.join(".local/state"),
+            _ => {
+                bail!(
+                    "neither XDG_STATE_HOME nor HOME says where to keep machines: set one of them"
+                )
+            }
+        },
+    };
+    fs::create_dir_all(&base).with_context(|| format!("cannot make {}", base.display()))?;
+    let dir = base.join("mvm");
+    private_dir(&dir, rustix::process::getuid().as_raw(), "XDG_STATE_HOME")?;
+    Ok(dir)
+}
+
+/// Makes `dir` with mode 0700 where it is missing. `variable` can be set to have another one.
+fn private_dir(dir: &Path, uid: u32, variable: &str) -> Result<()> {
     match DirBuilder::new().mode(0o700).create(dir) {
         Ok(()) => return Ok(()),
         Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
@@ -33,7 +55,7 @@ fn private_dir(dir: &Path, uid: u32) -> Result<()> {
         fs::symlink_metadata(dir).with_context(|| format!("cannot look at {}", dir.display()))?;
     if !found.is_dir() || found.uid() != uid || found.mode() & 0o077 != 0 {
         bail!(
-            "{} is not a private directory of yours: remove it, or set XDG_RUNTIME_DIR",
+            "{} is not a private directory of yours: remove it, or set {variable}",
             dir.display()
         );
     }
@@ -66,12 +88,18 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let uid = rustix::process::getuid().as_raw();
         let dir = base.path().join("mvm");
-        private_dir(&dir, uid).unwrap();
-        private_dir(&dir, uid).unwrap();
+        private_dir(&dir, uid, "NOWHERE").unwrap();
+        private_dir(&dir, uid, "NOWHERE").unwrap();
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o755)).unwrap();
-        assert!(private_dir(&dir, uid).is_err(), "mode 0755 was taken");
+        assert!(
+            private_dir(&dir, uid, "NOWHERE").is_err(),
+            "mode 0755 was taken"
+        );
         let link = base.path().join("link");
         std::os::unix::fs::symlink(base.path(), &link).unwrap();
-        assert!(private_dir(&link, uid).is_err(), "a symlink was taken");
+        assert!(
+            private_dir(&link, uid, "NOWHERE").is_err(),
+            "a symlink was taken"
+        );
     }
 }

@@ -6,6 +6,8 @@ mod accel;
 mod args;
 mod cmd;
 mod console;
+#[allow(dead_code, unused_imports)]
+mod control;
 mod copy;
 mod dirs;
 mod event;
@@ -19,6 +21,8 @@ mod name;
 mod prepare;
 mod resolve;
 mod session;
+#[allow(dead_code, unused_imports)]
+mod store;
 mod terminal;
 mod timing;
 

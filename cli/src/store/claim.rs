@@ -1,0 +1,126 @@
+//! Owning a machine: one process at a time, for its whole life.
+
+use std::fs;
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+
+use super::definition::{Definition, Ending};
+use super::file::{self, Durability};
+use super::{DEFINITION, ENDING, Name, Owner, Store, socket};
+use crate::lock::Lock;
+
+/// A machine that belongs to this process until this is dropped.
+///
+/// What is in the runtime directory vanishes with it; a process that is killed leaves it behind, except
+/// that the kernel gives its lock back. Lock order: a machine's own lock before that of the name that it gets.
+#[derive(Debug)]
+pub struct Claim {
+    pub(super) store: Store,
+    pub(super) name: Name,
+    /// The last field, as it is given back last.
+    pub(super) _lock: Lock,
+}
+
+impl Claim {
+    /// The machine's name.
+    pub fn name(&self) -> &Name {
+        &self.name
+    }
+
+    /// The directory of what outlives this process.
+    pub fn dir(&self) -> PathBuf {
+        self.store.dir(&self.name)
+    }
+
+    /// What the machine is made from.
+    pub fn definition(&self) -> Result<Definition> {
+        self.store.definition(&self.name)
+    }
+
+    /// Writes down a change of what the machine is made from.
+    pub fn redefine(&self, definition: &Definition) -> Result<()> {
+        file::write(&self.dir(), DEFINITION, definition, Durability::Disk)
+    }
+
+    /// The machine is about to run: how it last ended is forgotten, and whose it is told.
+    pub fn started(&self) -> Result<()> {
+        let owner = Owner::this_process();
+        let name = self.store.owner_file(&self.name);
+        file::write(&self.store.runtime, &name, &owner, Durability::Memory)?;
+        file::remove(&self.dir().join(ENDING))
+    }
+
+    /// The machine has ended. Until this is said, one whose owner has gone counts as killed.
+    pub fn ended(&self, ending: &Ending) -> Result<()> {
+        file::write(&self.dir(), ENDING, ending, Durability::Disk)
+    }
+
+    /// Listens at the machine's control socket, in the place of one that a killed owner left.
+    pub fn bind(&self) -> Result<UnixListener> {
+        let path = self.store.socket(&self.name);
+        file::remove(&path)?;
+        socket::bind(&path).with_context(|| format!("cannot listen at {}", path.display()))
+    }
+
+    /// Gives the machine another name; nothing has changed where this fails.
+    ///
+    /// Killed half-way, the machine has one of the two names, and what the other one left in the runtime
+    /// directory is of no consequence: the directory of its state decides.
+    pub fn rename(&mut self, to: &Name) -> Result<()> {
+        if *to == self.name {
+            return Ok(());
+        }
+        let Some(lock) = self.store.lock(to)? else {
+            bail!("there is a machine named {to} already, which is running");
+        };
+        let dir = self.store.dir(to);
+        match fs::rename(self.dir(), &dir) {
+            Ok(()) => {}
+            Err(error) if is_taken(&error) => bail!("there is a machine named {to} already"),
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot make {}", dir.display()));
+            }
+        }
+        let before = std::mem::replace(&mut self.name, to.clone());
+        // From here on it has the new name. The socket moves with what listens at it.
+        let socket = fs::rename(self.store.socket(&before), self.store.socket(to));
+        if let Err(error) = socket
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!("the control socket of {to} is still named {before}: {error}");
+        }
+        let name = self.store.owner_file(to);
+        let owner = Owner::this_process();
+        if let Err(error) = file::write(&self.store.runtime, &name, &owner, Durability::Memory) {
+            tracing::warn!("{error:#}");
+        }
+        self.store.clean_runtime(&before);
+        // Last: nobody takes the old name while there is anything of this machine at it.
+        self._lock = lock;
+        Ok(())
+    }
+
+    /// Removes the machine and all that is kept of it.
+    pub fn remove(self) -> Result<()> {
+        self.store.discard(&self.name)
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.store.clean_runtime(&self.name);
+    }
+}
+
+/// Whether a directory could not be moved because there is one with something in it.
+pub(super) fn is_taken(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::DirectoryNotEmpty
+            | io::ErrorKind::AlreadyExists
+            | io::ErrorKind::NotADirectory
+    )
+}
