@@ -155,7 +155,7 @@ mod tests {
     #[test]
     fn near_names_are_found_and_others_are_not() {
         let names = [name("web"), name("webserver"), name("db"), name("wbe2")];
-        assert_eq!(name("wbe").near(&names), [name("web"), name("wbe2")]);
+        assert_eq!(name("wbe").near(&names), [name("wbe2"), name("web")]);
         assert_eq!(name("webs").near(&names), [name("web"), name("webserver")]);
         assert_eq!(name("zzzzzz").near(&names), []);
     }
