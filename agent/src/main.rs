@@ -116,7 +116,9 @@ fn serve(machine: &Arc<Machine>, started: Duration) -> Result<Infallible> {
     }
     let serving = Arc::clone(machine);
     let hand_on = move |connection, open| serve::start(&serving, connection, open);
-    Reactor::new(Box::new(listener), Box::new(hand_on))?.run()
+    let handle = forward::Handle::new().context("no event can be made")?;
+    let root = Arc::clone(&machine.root);
+    Reactor::new(Box::new(listener), handle, root, Box::new(hand_on))?.run()
 }
 
 /// Reads what the host wrote, and removes it: it holds the seed of the entropy pool.

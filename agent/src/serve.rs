@@ -33,7 +33,7 @@ const MESSAGE_TIMEOUT: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Machine {
     /// The tree in which commands run.
-    pub root: Tree,
+    pub root: Arc<Tree>,
     /// The tree that the agent was started in.
     pub initramfs: Tree,
     /// All children.
@@ -57,7 +57,7 @@ impl Machine {
         power_off: fn(&Machine, Duration),
     ) -> Self {
         Self {
-            root: root.tree,
+            root: Arc::new(root.tree),
             furnishing: root.furnishing,
             initramfs,
             reaper,

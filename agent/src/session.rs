@@ -83,7 +83,7 @@ impl Session {
                 Refused::other(format!("the machine's root is not complete: {error}"))
             })?;
         }
-        let tree = if exec.in_initramfs {
+        let tree: &Tree = if exec.in_initramfs {
             &machine.initramfs
         } else {
             &machine.root

@@ -48,7 +48,9 @@ fn connect_silently() -> UnixStream {
     static DOOR: OnceLock<SocketAddr> = OnceLock::new();
     let door = DOOR.get_or_init(|| {
         let machine = machine();
-        forward::tests::start(|connection, open| serve::start(machine, connection, open))
+        let (handle, root) = (forward::Handle::new().unwrap(), Tree::own().unwrap());
+        let hand_on = |connection, open| serve::start(machine, connection, open);
+        forward::tests::start(handle, root, hand_on)
     });
     let host = UnixStream::connect_addr(door).unwrap();
     host.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -197,7 +199,7 @@ fn refusal(exec: Exec) -> (Refusal, String) {
 }
 
 /// Waits for something that happens soon, or fails the test with `what`.
-fn eventually(what: &str, mut happened: impl FnMut() -> bool) {
+pub fn eventually(what: &str, mut happened: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     while !happened() {
         assert!(Instant::now() < deadline, "this did not happen: {what}");

@@ -78,13 +78,14 @@ impl Tree {
 
     /// Opens the directory `path` (for use as a place), making it and its parents where missing,
     /// each with the permissions `mode`.
-    pub fn make_directory(&self, path: &str, mode: u32) -> io::Result<OwnedFd> {
+    pub fn make_directory(&self, path: impl AsRef<[u8]>, mode: u32) -> io::Result<OwnedFd> {
         let place = OFlags::PATH | OFlags::DIRECTORY;
-        let mut done = String::new();
+        let mut done = Vec::new();
         let mut directory = self.open("/", place)?;
-        for name in path.split('/').filter(|name| !name.is_empty()) {
-            done.push('/');
-            done.push_str(name);
+        let names = path.as_ref().split(|byte| *byte == b'/');
+        for name in names.filter(|name| !name.is_empty()) {
+            done.push(b'/');
+            done.extend_from_slice(name);
             directory = match self.open(&done, place) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     let mode = Mode::from_raw_mode(mode);

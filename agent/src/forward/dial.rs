@@ -4,7 +4,6 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::time::Instant;
 
 use agent::protocol::DialError;
 use rustix::io::Errno;
@@ -19,8 +18,6 @@ pub struct Dialing {
     attempt: Option<(SocketAddr, OwnedFd)>,
     /// Why the best attempt so far failed.
     failure: Option<DialError>,
-    /// When there must be a connection.
-    pub deadline: Instant,
 }
 
 /// Where dialing stands.
@@ -31,7 +28,6 @@ pub enum Dialed {
     /// A new socket is connecting: its next event tells more.
     Waiting,
     /// No address could be connected to.
-    #[expect(dead_code, reason = "Open::Dial has no way to say it")]
     Failed(DialError),
 }
 
@@ -45,12 +41,11 @@ pub fn loopback(port: u16) -> [SocketAddr; 2] {
 
 impl Dialing {
     /// To the first of `addresses` that can be connected to.
-    pub fn new(addresses: impl IntoIterator<Item = SocketAddr>, deadline: Instant) -> Self {
+    pub fn new(addresses: impl IntoIterator<Item = SocketAddr>) -> Self {
         Self {
             addresses: addresses.into_iter().collect(),
             attempt: None,
             failure: None,
-            deadline,
         }
     }
 
@@ -63,7 +58,11 @@ impl Dialing {
                 Some(attempt) => attempt,
                 None => match self.next_attempt(&mut watch) {
                     Some(attempt) => attempt,
-                    None => return Dialed::Failed(self.failure.take().unwrap_or_else(no_address)),
+                    None => {
+                        return Dialed::Failed(
+                            self.failure.take().unwrap_or(DialError::NoSuchHost),
+                        );
+                    }
                 },
             };
             // Connecting once more is how to ask: an event may be stale, and says nothing.
@@ -131,8 +130,4 @@ pub fn dial_error(error: Errno) -> DialError {
             io::Error::from(error)
         )),
     }
-}
-
-fn no_address() -> DialError {
-    DialError::NoSuchHost
 }

@@ -7,6 +7,8 @@ use std::time::Instant;
 use agent::protocol::{MAX_FRAME, Open};
 use rustix::io::Errno;
 
+use super::frames;
+
 /// Memory grows in these steps with the bytes that arrive, not with the length announced.
 const STEP: usize = 64 << 10;
 
@@ -45,10 +47,10 @@ impl Greeting {
     pub fn read(mut self) -> io::Result<Heard> {
         loop {
             let have = self.frame.len();
-            let missing = missing(&self.frame)?;
+            let missing = frames::missing(&self.frame, MAX_FRAME)?;
             if missing == 0 {
                 let body = self.frame.get(4..).unwrap_or_default();
-                let open = postcard::from_bytes(body).map_err(invalid)?;
+                let open = postcard::from_bytes(body).map_err(frames::invalid)?;
                 return Ok(Heard::Message(self.connection, open));
             }
             self.frame.resize(have + missing.min(STEP), 0);
@@ -65,22 +67,4 @@ impl Greeting {
             }
         }
     }
-}
-
-/// How many bytes have to be read next.
-fn missing(frame: &[u8]) -> io::Result<usize> {
-    let Some((length, body)) = frame.split_first_chunk::<4>() else {
-        return Ok(4 - frame.len());
-    };
-    let length = u32::from_le_bytes(*length) as usize;
-    if length > MAX_FRAME {
-        return Err(invalid(format!(
-            "a frame announces {length} bytes, more than {MAX_FRAME}"
-        )));
-    }
-    Ok(length.saturating_sub(body.len()))
-}
-
-fn invalid(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, error)
 }

@@ -56,6 +56,7 @@ pub struct Pair {
 #[derive(Debug)]
 struct End {
     socket: OwnedFd,
+    side: Side,
     /// Reading may give something.
     readable: bool,
     /// Writing may take something.
@@ -82,8 +83,8 @@ impl Pair {
     /// Joins two connected, non-blocking sockets.
     pub fn new(host: OwnedFd, guest: OwnedFd) -> Self {
         Self {
-            host: End::new(host),
-            guest: End::new(guest),
+            host: End::new(host, Side::Host),
+            guest: End::new(guest, Side::Guest),
         }
     }
 
@@ -99,8 +100,8 @@ impl Pair {
         if flags.contains(EventFlags::ERR) {
             end.broken |= !matches!(sockopt::socket_error(&end.socket), Ok(Ok(())));
         }
-        if side == Side::Host && flags.intersects(closed) {
-            end.broken |= end.refuses_bytes();
+        if flags.intersects(closed) {
+            end.broken |= end.was_closed();
         }
     }
 
@@ -108,9 +109,6 @@ impl Pair {
     pub fn turn(&mut self, buffer: &mut [u8]) -> Progress {
         let in_ = self.host.carry_to(&mut self.guest, buffer);
         let out = self.guest.carry_to(&mut self.host, buffer);
-        if self.host.ended && self.host.refuses_bytes() {
-            self.host.broken = true;
-        }
         if self.host.broken || self.guest.broken {
             self.reset(buffer);
             return Progress::Over;
@@ -138,9 +136,10 @@ impl Pair {
 }
 
 impl End {
-    fn new(socket: OwnedFd) -> Self {
+    fn new(socket: OwnedFd, side: Side) -> Self {
         Self {
             socket,
+            side,
             readable: true,
             writable: true,
             ended: false,
@@ -174,7 +173,10 @@ impl End {
         };
         match rustix::io::read(&self.socket, &mut *buffer) {
             Ok(0) => {
-                self.ended = true;
+                match self.was_closed() {
+                    true => self.broken = true,
+                    false => self.ended = true,
+                }
                 Progress::Idle
             }
             Ok(length) => {
@@ -255,16 +257,15 @@ impl End {
         }
     }
 
-    /// Whether the peer is known not to read any more, though it was not told the end.
+    /// Whether the host closed its connection though it was not told the end, which is a reset.
     ///
-    /// Sending nothing asks: sockets look at their state before they look at the length.
-    fn refuses_bytes(&self) -> bool {
-        let asked = || send(&self.socket, &[], SendFlags::NOSIGNAL);
-        !self.shut
-            && matches!(
-                asked(),
-                Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN)
-            )
+    /// Sending nothing asks: sockets look at their state before they look at the length. In the
+    /// guest a close is an end, and what is written after it a reset, as it is with TCP.
+    fn was_closed(&self) -> bool {
+        let ask = || send(&self.socket, &[], SendFlags::NOSIGNAL);
+        self.side == Side::Host
+            && !self.shut
+            && matches!(ask(), Err(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN))
     }
 }
 

@@ -1,28 +1,30 @@
-//! The event loop: one epoll set, and a table of what each descriptor in it is for.
+//! The event loop: a table of what each descriptor is for, and a turn for each that has work.
 //!
-//! Events are edge-triggered, and hints: a descriptor that was closed here lives on in a child
-//! between fork and exec, so an event may be for the former user of an index. What is ready takes
-//! turns, one buffer each way at a time, so that no connection holds up another. There is no thread,
-//! no allocation and no system call per connection and packet but those that carry the bytes.
+//! An event only says that an entry may have work, as it may be for a former user of its number
+//! ([`super::poller::Token`]). A turn is bounded (one buffer each way, a batch of connections), so
+//! that nothing holds up anything else, and waits for nothing.
 
-use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use agent::protocol::{Open, Target};
+use agent::protocol::{FromForwarder, Open};
 use anyhow::{Context, Result};
-use rustix::event::Timespec;
-use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
-use rustix::io::Errno;
 
-use super::dial::{self, Dialed, Dialing};
+use super::control::{Control, Owner};
 use super::greeting::{Greeting, Heard};
+use super::handle::{Handle, Message};
+use super::joining::{Dial, Held, Resolving};
+use super::listen::Listening;
 use super::pair::{self, Pair, Progress, Side};
+use super::poller::{Poller, Token};
+use super::resolve::Resolver;
 use super::slots::{Index, Slots};
 use crate::connection::Connection;
+use crate::tree::Tree;
 
 /// Connections at a time, those included that have not said yet what they are for.
 const MAX_CONNECTIONS: usize = 16_384;
@@ -30,20 +32,13 @@ const MAX_CONNECTIONS: usize = 16_384;
 /// How long a connection may take over its first message.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long it may take to connect to something in the guest.
-const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// How long to wait after a connection could not be accepted, so that a lasting failure does not spin.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+pub(super) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Connections accepted before others get their turn.
-const ACCEPT_BATCH: usize = 64;
+/// Connections accepted in one turn.
+pub(super) const ACCEPT_BATCH: usize = 64;
 
-/// Events taken from the kernel at a time.
-const EVENTS: usize = 256;
-
-/// The event of the listening socket; other events carry an index and a side.
-const LISTENER: u64 = u64::MAX;
+const INBOX: Token = Token::Single(0);
 
 /// A non-blocking socket to which the host connects.
 pub trait Listener: AsFd {
@@ -51,45 +46,69 @@ pub trait Listener: AsFd {
     fn accept(&self) -> io::Result<Connection>;
 }
 
+/// Takes connections that are not for the reactor, blocking again, with their first message.
+pub type HandOn = Box<dyn FnMut(Connection, Open)>;
+
 /// The event loop.
 pub struct Reactor {
-    epoll: OwnedFd,
-    listener: Box<dyn Listener>,
-    states: Slots<State>,
-    /// Pairs with something to do.
-    ready: VecDeque<Index>,
-    /// When to look at which entry; stale where the entry has another deadline by then.
-    timers: BinaryHeap<Reverse<(Instant, Index)>>,
-    /// When to accept again.
-    accept_at: Option<Instant>,
+    pub(super) poller: Poller,
+    pub(super) states: Slots<State>,
+    pub(super) resolver: Resolver,
+    /// Connections that have a token, or get one once they are there.
+    pub(super) tokens: HashMap<u64, Index>,
+    pub(super) controls: HashMap<Owner, Index>,
+    /// What controls are to be told, after the current turn.
+    pub(super) told: Vec<(Owner, FromForwarder)>,
+    /// The inodes of the sockets at which the agent listens for the host.
+    pub(super) own_listeners: HashSet<u64>,
+    /// The number of the latest of those things that need one of their own.
+    pub(super) latest: u64,
+    handle: Handle,
     buffer: Box<[u8]>,
     hand_on: HandOn,
 }
 
-/// Takes connections that are not for the reactor, blocking again, with their first message.
-pub type HandOn = Box<dyn FnMut(Connection, Open)>;
-
-enum State {
+/// What an entry of the table is.
+pub(super) enum State {
+    /// Where the host connects; what comes is paused until the time given.
+    Door(Box<dyn Listener>, Option<Instant>),
     Greeting(Greeting),
-    Dialing(Box<Dialing>, OwnedFd),
-    /// The flag says that it is in `ready`.
-    Pair(Pair, bool),
+    Resolving(Box<Resolving>),
+    Dialing(Box<Dial>),
+    Held(Held),
+    Pair(Pair),
+    Control(Box<Control>),
+    Listening(Box<Listening>),
 }
 
 impl Reactor {
-    /// A reactor for the connections that come to `listener`.
-    pub fn new(listener: Box<dyn Listener>, hand_on: HandOn) -> Result<Self> {
-        let epoll = epoll::create(CreateFlags::CLOEXEC).context("no epoll set can be made")?;
-        let data = EventData::new_u64(LISTENER);
-        epoll::add(&epoll, &listener, data, EventFlags::IN)
+    /// A reactor for the connections that come to `listener`, in a machine with this root.
+    pub fn new(
+        listener: Box<dyn Listener>,
+        handle: Handle,
+        root: Arc<Tree>,
+        hand_on: HandOn,
+    ) -> Result<Self> {
+        let poller = Poller::new().context("no epoll set can be made")?;
+        poller
+            .watch(&handle, INBOX)
+            .context("the agent's own messages cannot be watched")?;
+        let mut states = Slots::default();
+        let door = states.reserve();
+        poller
+            .watch(&*listener, Token::Entry(door, Side::Host))
             .context("the agent's port cannot be watched")?;
+        states.put(door, State::Door(listener, None));
         Ok(Self {
-            epoll,
-            listener,
-            states: Slots::default(),
-            ready: VecDeque::new(),
-            timers: BinaryHeap::new(),
-            accept_at: None,
+            poller,
+            states,
+            resolver: Resolver::new(handle.clone(), root),
+            tokens: HashMap::new(),
+            controls: HashMap::new(),
+            told: Vec::new(),
+            own_listeners: HashSet::new(),
+            latest: 0,
+            handle,
             buffer: vec![0; pair::READ_SIZE_MAX].into_boxed_slice(),
             hand_on,
         })
@@ -97,130 +116,149 @@ impl Reactor {
 
     /// Serves connections; comes back only with what makes that impossible.
     pub fn run(mut self) -> Result<Infallible> {
-        let mut events = Vec::with_capacity(EVENTS);
         loop {
-            let timeout = self.timeout();
-            events.clear();
-            let spare = rustix::buffer::spare_capacity(&mut events);
-            match epoll::wait(&self.epoll, spare, timeout.as_ref()) {
-                Ok(_) | Err(Errno::INTR) => {}
-                Err(error) => return Err(error).context("the agent cannot wait for events"),
-            }
-            for event in &events {
-                self.handle(event.data.u64(), event.flags);
+            let deadline = match self.states.ready() {
+                0 => self.poller.next_deadline(),
+                _ => Some(Instant::now()),
+            };
+            self.poller
+                .wait(deadline)
+                .context("the agent cannot wait for events")?;
+            while let Some((token, flags)) = self.poller.event() {
+                match token {
+                    Token::Entry(index, side) => {
+                        if let Some(State::Pair(pair)) = self.states.get_mut(index) {
+                            pair.note(side, flags);
+                        }
+                        self.states.enqueue(index);
+                    }
+                    INBOX => self.open_inbox(),
+                    Token::Single(_) => {}
+                }
             }
             self.expire();
-            // Those that become ready again wait for the next round, after new events.
-            for _ in 0..self.ready.len() {
-                if let Some(index) = self.ready.pop_front() {
+            // Those that have more to do wait for the next round, after new events.
+            for _ in 0..self.states.ready() {
+                if let Some(index) = self.states.dequeue() {
                     self.turn(index);
+                    self.tell();
                 }
             }
         }
     }
 
-    fn timeout(&self) -> Option<Timespec> {
-        if !self.ready.is_empty() {
-            return Some(Timespec::default());
-        }
-        let next = self.timers.peek().map(|Reverse((at, _))| *at);
-        let next = [next, self.accept_at].into_iter().flatten().min()?;
-        let left = next.saturating_duration_since(Instant::now());
-        // Deadlines are seconds away, so neither part overflows.
-        Some(Timespec {
-            tv_sec: left.as_secs() as i64,
-            tv_nsec: left.subsec_nanos().into(),
-        })
-    }
-
-    fn handle(&mut self, token: u64, flags: EventFlags) {
-        if token == LISTENER {
-            return self.accept();
-        }
-        let (index, side) = from_token(token);
-        match self.states.get_mut(index) {
-            Some(State::Pair(pair, queued)) => {
-                pair.note(side, flags);
-                if !std::mem::replace(queued, true) {
-                    self.ready.push_back(index);
+    fn open_inbox(&mut self) {
+        for message in self.handle.receive() {
+            match message {
+                Message::Resolved(index, question, answer) => {
+                    self.resolved(index, question, answer);
                 }
             }
-            Some(State::Dialing(..)) if side == Side::Host => {}
-            _ => self.advance(index),
         }
+        self.tell();
+    }
+
+    /// Takes an entry as far as it goes in one turn.
+    fn turn(&mut self, index: Index) {
+        if let Some(State::Pair(pair)) = self.states.get_mut(index) {
+            match pair.turn(&mut self.buffer) {
+                Progress::More => self.states.enqueue(index),
+                Progress::Idle => {}
+                Progress::Over => self.remove(index),
+            }
+            return;
+        }
+        let Some(state) = self.states.take(index) else {
+            return;
+        };
+        let next = match state {
+            State::Door(listener, paused) => Some(self.admit(index, listener, paused)),
+            State::Greeting(greeting) => self.greet(index, greeting),
+            State::Dialing(dial) => self.dial(index, dial),
+            State::Control(control) => self.obey(index, control),
+            State::Listening(listening) => Some(self.accept(index, listening)),
+            waiting @ (State::Resolving(_) | State::Held(_) | State::Pair(_)) => Some(waiting),
+        };
+        match next {
+            Some(state) => self.states.put(index, state),
+            None => self.states.free(index),
+        }
+    }
+
+    pub(super) fn remove(&mut self, index: Index) {
+        if self.states.take(index).is_some() {
+            self.states.free(index);
+        }
+    }
+
+    /// A number that nothing else has.
+    pub(super) fn number(&mut self) -> u64 {
+        self.latest += 1;
+        self.latest
+    }
+
+    /// Reads into the buffer that all share, on behalf of an entry that was taken out.
+    pub(super) fn with_buffer<T>(&mut self, read: impl FnOnce(&mut [u8]) -> T) -> T {
+        read(&mut self.buffer)
     }
 
     // --- Connections from the host ---
 
-    fn accept(&mut self) {
+    fn admit(
+        &mut self,
+        index: Index,
+        listener: Box<dyn Listener>,
+        paused: Option<Instant>,
+    ) -> State {
+        if paused.is_some_and(|until| Instant::now() < until) {
+            return State::Door(listener, paused);
+        }
         for _ in 0..ACCEPT_BATCH {
-            match self.listener.accept() {
+            match listener.accept() {
                 Ok(connection) => self.adopt(connection.into()),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return State::Door(listener, None);
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Out of memory or descriptors, or the peer has gone: later ones may succeed.
                 Err(error) => {
                     eprintln!("mvm-agent: a connection from the host cannot be accepted: {error}");
-                    return self.pause_accepting();
+                    let until = Instant::now() + ACCEPT_PAUSE;
+                    self.poller.look_at(index, until);
+                    return State::Door(listener, Some(until));
                 }
             }
         }
-    }
-
-    fn pause_accepting(&mut self) {
-        let data = EventData::new_u64(LISTENER);
-        match epoll::modify(&self.epoll, &self.listener, data, EventFlags::empty()) {
-            Ok(()) => self.accept_at = Some(Instant::now() + ACCEPT_PAUSE),
-            Err(error) => eprintln!("mvm-agent: accepting cannot be paused: {error}"),
-        }
-    }
-
-    fn resume_accepting(&mut self) {
-        self.accept_at = None;
-        let data = EventData::new_u64(LISTENER);
-        if let Err(error) = epoll::modify(&self.epoll, &self.listener, data, EventFlags::IN) {
-            eprintln!("mvm-agent: accepting cannot be resumed: {error}");
-            self.accept_at = Some(Instant::now() + ACCEPT_PAUSE);
-        }
+        self.states.enqueue(index);
+        State::Door(listener, None)
     }
 
     /// Takes over a connection that has said nothing yet.
     fn adopt(&mut self, connection: OwnedFd) {
-        if self.states.len() >= MAX_CONNECTIONS {
+        if self.is_full() {
             eprintln!(
                 "mvm-agent: more than {MAX_CONNECTIONS} connections at a time: one is refused"
             );
             return;
         }
         let index = self.states.reserve();
+        let token = Token::Entry(index, Side::Host);
         let watched = rustix::io::ioctl_fionbio(&connection, true)
             .map_err(io::Error::from)
-            .and_then(|()| watch(&self.epoll, &connection, index, Side::Host));
+            .and_then(|()| self.poller.watch(&connection, token));
         if let Err(error) = watched {
             eprintln!("mvm-agent: a connection from the host cannot be watched: {error}");
             return self.states.free(index);
         }
-        // Its first event comes at once where the message is there already.
         let deadline = Instant::now() + GREETING_TIMEOUT;
-        self.timers.push(Reverse((deadline, index)));
+        self.poller.look_at(index, deadline);
         let greeting = Greeting::new(connection, deadline);
         self.states.put(index, State::Greeting(greeting));
     }
 
-    /// Takes an entry as far as it goes without waiting.
-    fn advance(&mut self, index: Index) {
-        let Some(state) = self.states.take(index) else {
-            return;
-        };
-        let next = match state {
-            State::Greeting(greeting) => self.greet(index, greeting),
-            State::Dialing(dialing, host) => self.dial(index, dialing, host),
-            pair @ State::Pair(..) => Some(pair),
-        };
-        match next {
-            Some(state) => self.states.put(index, state),
-            None => self.states.free(index),
-        }
+    /// Whether there is no room for one more.
+    pub(super) fn is_full(&self) -> bool {
+        self.states.len() >= MAX_CONNECTIONS
     }
 
     fn greet(&mut self, index: Index, greeting: Greeting) -> Option<State> {
@@ -234,14 +272,14 @@ impl Reactor {
             }
         };
         match open {
-            Open::Dial(Target::Loopback(port)) => {
-                let deadline = Instant::now() + DIAL_TIMEOUT;
-                self.timers.push(Reverse((deadline, index)));
-                let dialing = Dialing::new(dial::loopback(port), deadline);
-                self.dial(index, Box::new(dialing), connection)
+            Open::Dial(target) => self.join(index, connection, target),
+            Open::Attach { token } => {
+                self.attach(connection, token);
+                None
             }
+            Open::Forward => Some(self.control(index, connection)),
             // Closed without an answer, which is a reset.
-            Open::Dial(_) | Open::Attach { .. } | Open::Forward | Open::Datagrams => None,
+            Open::Datagrams => None,
             open => {
                 match self.release(&connection) {
                     Ok(()) => (self.hand_on)(Connection::new(connection), open),
@@ -254,80 +292,57 @@ impl Reactor {
         }
     }
 
-    fn release(&self, connection: &OwnedFd) -> rustix::io::Result<()> {
-        epoll::delete(&self.epoll, connection)?;
-        rustix::io::ioctl_fionbio(connection, false)
-    }
-
-    // --- Connections to the guest ---
-
-    fn dial(&mut self, index: Index, mut dialing: Box<Dialing>, host: OwnedFd) -> Option<State> {
-        let epoll = &self.epoll;
-        match dialing.proceed(|socket| watch(epoll, socket, index, Side::Guest)) {
-            Dialed::Waiting => Some(State::Dialing(dialing, host)),
-            Dialed::Connected(guest) => {
-                self.ready.push_back(index);
-                Some(State::Pair(Pair::new(host, guest), true))
-            }
-            Dialed::Failed(_) => None,
-        }
-    }
-
-    fn turn(&mut self, index: Index) {
-        let Some(State::Pair(pair, queued)) = self.states.get_mut(index) else {
-            return;
-        };
-        match pair.turn(&mut self.buffer) {
-            Progress::More => self.ready.push_back(index),
-            Progress::Idle => *queued = false,
-            Progress::Over => {
-                self.states.take(index);
-                self.states.free(index);
-            }
-        }
+    fn release(&self, connection: &OwnedFd) -> io::Result<()> {
+        self.poller.forget(connection)?;
+        Ok(rustix::io::ioctl_fionbio(connection, false)?)
     }
 
     // --- Time ---
 
     fn expire(&mut self) {
         let now = Instant::now();
-        if self.accept_at.is_some_and(|at| at <= now) {
-            self.resume_accepting();
-        }
-        while let Some(&Reverse((at, index))) = self.timers.peek()
-            && at <= now
-        {
-            self.timers.pop();
-            let deadline = match self.states.get_mut(index) {
-                Some(State::Greeting(greeting)) => Some(greeting.deadline),
-                Some(State::Dialing(dialing, _)) => Some(dialing.deadline),
-                Some(State::Pair(..)) | None => None,
+        while let Some((at, index)) = self.poller.due(now) {
+            let Some(state) = self.states.get_mut(index) else {
+                continue;
             };
-            if deadline == Some(at) {
-                self.states.take(index);
-                self.states.free(index);
+            if state.deadline() != Some(at) {
+                continue;
+            }
+            match state {
+                State::Door(..) | State::Listening(_) => self.states.enqueue(index),
+                State::Resolving(_) | State::Dialing(_) | State::Held(_) => {
+                    if let Some(state) = self.states.take(index) {
+                        self.states.free(index);
+                        self.timed_out(state);
+                    }
+                }
+                State::Greeting(_) | State::Pair(_) | State::Control(_) => self.remove(index),
             }
         }
+        self.tell();
     }
 }
 
-/// Watches `socket` for everything; each event carries the index and the side.
-fn watch(epoll: &OwnedFd, socket: &OwnedFd, index: Index, side: Side) -> io::Result<()> {
-    let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-    let token = u64::from(index) << 1 | u64::from(side == Side::Guest);
-    Ok(epoll::add(
-        epoll,
-        socket.as_fd(),
-        EventData::new_u64(token),
-        flags,
-    )?)
-}
+impl State {
+    /// Whether it listens, or is about to, for that control under that number.
+    pub(super) fn listens_as(&self, owner: Owner, id: u32) -> bool {
+        match self {
+            Self::Listening(listening) => (listening.owner, listening.id) == (owner, id),
+            Self::Resolving(resolving) => resolving.listens_as(owner, id),
+            _ => false,
+        }
+    }
 
-fn from_token(token: u64) -> (Index, Side) {
-    let side = match token & 1 {
-        0 => Side::Host,
-        _ => Side::Guest,
-    };
-    // What was shifted out of an index fits into one.
-    ((token >> 1) as Index, side)
+    /// When it has waited long enough for whatever it waits for.
+    fn deadline(&self) -> Option<Instant> {
+        match self {
+            Self::Door(_, paused) => *paused,
+            Self::Greeting(greeting) => Some(greeting.deadline),
+            Self::Resolving(resolving) => Some(resolving.deadline),
+            Self::Dialing(dial) => Some(dial.deadline),
+            Self::Held(held) => Some(held.deadline),
+            Self::Listening(listening) => listening.paused,
+            Self::Pair(_) | Self::Control(_) => None,
+        }
+    }
 }

@@ -1,66 +1,13 @@
-//! The reactor from outside: Unix sockets stand for vsock, this machine's loopback for the guest's.
+//! Joined connections: bytes, ends and resets both ways.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
-use std::sync::OnceLock;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::net::{Shutdown, TcpListener};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
 
-use agent::protocol::{self, Open, Target};
+use agent::protocol::{Open, Target};
 
-use super::{Listener, Reactor};
-use crate::connection::Connection;
-
-/// Long enough for a loaded machine; a test that gets here has failed.
-const PATIENCE: Duration = Duration::from_secs(60);
-
-impl Listener for UnixListener {
-    fn accept(&self) -> io::Result<Connection> {
-        Ok(Connection::new(UnixListener::accept(self)?.0))
-    }
-}
-
-/// Starts a reactor on a thread, which ends with the process, and tells where it listens.
-pub fn start(hand_on: impl FnMut(Connection, Open) + Send + 'static) -> SocketAddr {
-    static NEXT: AtomicU64 = AtomicU64::new(0);
-    let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let name = format!("mvm-agent-test-{}-{number}", std::process::id());
-    let address = SocketAddr::from_abstract_name(name).unwrap();
-    let listener = UnixListener::bind_addr(&address).unwrap();
-    // As many wait as in a machine, where std asks for fewer.
-    rustix::net::listen(&listener, 4096).unwrap();
-    listener.set_nonblocking(true).unwrap();
-    thread::spawn(move || {
-        let reactor = Reactor::new(Box::new(listener), Box::new(hand_on)).unwrap();
-        reactor.run().unwrap()
-    });
-    address
-}
-
-/// The host's end of a new connection.
-fn connect(open: &Open) -> UnixStream {
-    static DOOR: OnceLock<SocketAddr> = OnceLock::new();
-    let door = DOOR.get_or_init(|| start(|_, open| panic!("{open:?} was handed on")));
-    let host = UnixStream::connect_addr(door).unwrap();
-    host.set_read_timeout(Some(PATIENCE)).unwrap();
-    host.set_write_timeout(Some(PATIENCE)).unwrap();
-    protocol::send(&host, open).unwrap();
-    host
-}
-
-/// A connection from the host to a service in the guest: both ends.
-fn joined() -> (UnixStream, TcpStream) {
-    let service = TcpListener::bind("127.0.0.1:0").unwrap();
-    let port = service.local_addr().unwrap().port();
-    let host = connect(&Open::Dial(Target::Loopback(port)));
-    let guest = service.accept().unwrap().0;
-    guest.set_read_timeout(Some(PATIENCE)).unwrap();
-    guest.set_write_timeout(Some(PATIENCE)).unwrap();
-    (host, guest)
-}
+use super::{assert_reset, connect, end_of, joined};
+use crate::forward::pair;
 
 fn read_all(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
     thread::spawn(move || {
@@ -78,23 +25,6 @@ fn pattern(length: usize, seed: u32) -> Vec<u8> {
         (state >> 24) as u8
     };
     (0..length).map(|_| next()).collect()
-}
-
-/// What reading ends with.
-fn end_of(mut from: impl Read) -> io::Result<usize> {
-    from.read(&mut [0; 64])
-}
-
-/// The host's connection was closed, not only shut down for writing.
-fn assert_reset(mut host: &UnixStream) {
-    match end_of(host) {
-        Ok(0) => {}
-        // A Unix socket says so where its peer had not read all.
-        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => {}
-        other => panic!("the host reads {other:?}"),
-    }
-    let error = host.write_all(b"more").unwrap_err();
-    assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
 }
 
 #[test]
@@ -136,7 +66,7 @@ fn megabytes_arrive_unchanged_both_ways_at_once() {
 fn a_service_that_resets_is_a_host_connection_closed_without_an_end() {
     let (mut host, guest) = joined();
     host.write_all(b"unread").unwrap();
-    super::pair::reset(&guest);
+    pair::reset(&guest);
     drop(guest);
     assert_reset(&host);
 }
