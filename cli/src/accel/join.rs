@@ -12,7 +12,7 @@ use std::path::Path;
 use std::thread;
 
 use anyhow::{Context, Result};
-use devices::virtio::vsock::VsockHandle;
+use devices::virtio::vsock::{MAX_PRELUDE, VsockHandle};
 use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{
@@ -23,8 +23,8 @@ use rustix::net::{
 /// Bytes of the port before what is sent first.
 const PORT: usize = 4;
 
-/// The longest message: a frame that dials a path, twice wrapped, is far below.
-const MAX_MESSAGE: usize = 16 << 10;
+/// The longest message.
+const MAX_MESSAGE: usize = PORT + MAX_PRELUDE;
 
 /// Clients that wait to be accepted.
 const BACKLOG: i32 = 64;

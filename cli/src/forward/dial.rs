@@ -53,13 +53,13 @@ impl Forwarder {
             .join(frame(&Open::Dial(target))?, stream.into())
     }
 
-    /// Opens a connection for datagrams: [`agent::protocol::Datagram`] both ways, framed.
+    /// Opens a connection for datagrams, without waiting: [`agent::protocol::Datagram`] both ways, framed.
     ///
     /// Fails where the machine is not up.
     pub fn open_datagrams(&self) -> io::Result<UnixStream> {
-        let mut stream = self.guest()?.connect()?;
-        agent::protocol::send(&mut stream, &Open::Datagrams)?;
-        Ok(stream)
+        let (near, far) = UnixStream::pair()?;
+        self.guest()?.join(frame(&Open::Datagrams)?, far.into())?;
+        Ok(near)
     }
 }
 
@@ -84,11 +84,17 @@ impl Dialed {
     /// half-closes and resets as they are.
     ///
     /// Fails where the machine has ended in the meantime, and `stream` is closed.
-    pub fn attach(mut self, stream: impl Into<OwnedFd>) -> io::Result<()> {
+    pub fn attach(self, stream: impl Into<OwnedFd>) -> io::Result<()> {
+        self.attach_after(&[], stream)
+    }
+
+    /// The same; `early`, at most some 60 KiB, goes into the guest before what `stream` gives.
+    pub fn attach_after(mut self, early: &[u8], stream: impl Into<OwnedFd>) -> io::Result<()> {
         let Some(forwarder) = self.forwarder.take() else {
             return Ok(());
         };
-        let prelude = frame(&Open::Attach { token: self.token })?;
+        let mut prelude = frame(&Open::Attach { token: self.token })?;
+        prelude.extend_from_slice(early);
         forwarder.guest()?.join(prelude, stream.into())
     }
 }

@@ -248,7 +248,7 @@ pub fn bind_like(
 }
 
 /// Takes `port` of all addresses that `address` stands for and this host has.
-fn bind_port(
+pub fn bind_port(
     address: Option<IpAddr>,
     port: u16,
     protocol: Protocol,

@@ -32,6 +32,7 @@ mod listener;
 mod occupant;
 mod poll;
 mod ports;
+pub mod proxy;
 mod published;
 pub mod spec;
 

@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use agent::protocol::{DialError, Target};
 use rustix::event::epoll::EventFlags;
 
-use super::Held;
 use super::handshake::{Handshake, Next};
+use crate::forward::Dialed;
 
 /// How long, and for how many bytes, the client of a refused request is listened to, so that it reads
 /// the answer: closing with unread bytes resets the connection and takes the answer away.
@@ -36,7 +36,7 @@ enum Phase {
     /// The guest is asked.
     Dialing,
     /// It is sent the answer, and is then joined.
-    Joining(Box<dyn Held>),
+    Joining(Dialed),
     /// It is sent the answer, and then nothing more.
     Ending,
     /// It is listened to until it ends, or has said this much.
@@ -101,11 +101,11 @@ impl Client {
     }
 
     /// How the guest answered [`Step::Dial`], or that there is no relay.
-    pub fn dialed(&mut self, result: Result<Box<dyn Held>, DialError>) -> Step {
+    pub fn dialed(&mut self, result: Result<Dialed, DialError>) -> Step {
         match result {
-            Ok(held) => {
+            Ok(dialed) => {
                 self.out.extend(self.handshake.connected());
-                self.enter(Phase::Joining(held), Some(self.patience));
+                self.enter(Phase::Joining(dialed), Some(self.patience));
             }
             Err(error) => {
                 self.out.extend(self.handshake.failed(&error));
@@ -135,7 +135,9 @@ impl Client {
     /// Joins the connection to the guest's; nothing of it is left here.
     pub fn join(self) -> io::Result<()> {
         match self.phase {
-            Phase::Joining(held) => held.join(self.stream.into(), self.handshake.into_early()),
+            Phase::Joining(dialed) => {
+                dialed.attach_after(&self.handshake.into_early(), self.stream)
+            }
             _ => Ok(()),
         }
     }

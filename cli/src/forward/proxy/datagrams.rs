@@ -3,20 +3,18 @@
 //!
 //! Datagrams that find no room are dropped, as anywhere else on their way.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::io::{self, Read, Write};
+use std::collections::BTreeMap;
+use std::io;
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::os::unix::net::UnixStream;
 
-use agent::protocol::{self, Datagram};
+use agent::protocol::Datagram;
 
 use super::socks;
+use crate::forward::framed::Framed;
 
 /// The largest UDP datagram.
 const MAX_DATAGRAM: usize = 65_535;
-
-/// The longest message: a datagram, whom it is for or from, and a few numbers.
-const MAX_MESSAGE: usize = MAX_DATAGRAM + 512;
 
 /// The most bytes that wait for the guest to take them.
 const MAX_QUEUED: usize = 1 << 20;
@@ -26,16 +24,10 @@ const BATCH: usize = 32;
 
 /// The flows of all clients.
 pub struct Relay {
-    guest: Option<Guest>,
+    /// The connection to the guest.
+    guest: Option<Framed>,
     flows: BTreeMap<u32, Flow>,
     buffer: Vec<u8>,
-}
-
-/// The connection to the guest.
-struct Guest {
-    stream: UnixStream,
-    arrived: Vec<u8>,
-    queued: VecDeque<u8>,
 }
 
 /// One client's datagrams.
@@ -64,24 +56,13 @@ impl Relay {
     }
 
     /// The connection to the guest.
-    pub fn guest(&self) -> Option<&UnixStream> {
-        self.guest.as_ref().map(|guest| &guest.stream)
-    }
-
-    /// Whether something waits for the guest to take it.
-    pub fn is_queued(&self) -> bool {
-        let guest = self.guest.as_ref();
-        guest.is_some_and(|guest| !guest.queued.is_empty())
+    pub fn guest(&self) -> Option<&Framed> {
+        self.guest.as_ref()
     }
 
     /// Has a connection to the guest.
     pub fn connected(&mut self, stream: UnixStream) -> io::Result<()> {
-        stream.set_nonblocking(true)?;
-        self.guest = Some(Guest {
-            stream,
-            arrived: Vec::new(),
-            queued: VecDeque::new(),
-        });
+        self.guest = Some(Framed::new(stream, MAX_QUEUED)?);
         Ok(())
     }
 
@@ -149,16 +130,10 @@ impl Relay {
             return Ok(());
         };
         guest.flush()?;
-        match guest.stream.read(&mut self.buffer) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(len) => {
-                let bytes = self.buffer.get(..len).unwrap_or_default();
-                guest.arrived.extend_from_slice(bytes);
-            }
-            Err(error) if is_transient(&error) => {}
-            Err(error) => return Err(error),
+        if !guest.fill()? {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        while let Some(message) = guest.next_message()? {
+        while let Some(message) = guest.next()? {
             // A flow that the guest closes for its silence is made anew by the client's next datagram.
             let Datagram::Received {
                 flow,
@@ -179,12 +154,10 @@ impl Relay {
         let Some(guest) = &mut self.guest else {
             return;
         };
-        if guest.queued.len() > MAX_QUEUED {
-            return;
+        // Where there is no room it is lost; what else is wrong shows when the connection is read.
+        if let Err(error) = guest.send(datagram) {
+            tracing::debug!("a datagram for the guest is lost: {error}");
         }
-        // Neither fails on a buffer and a message this short; the stream's failure is found when it is read.
-        let _ = protocol::send(&mut guest.queued, datagram);
-        let _ = guest.flush();
     }
 }
 
@@ -214,42 +187,4 @@ impl Flow {
             tracing::debug!("a datagram for {peer} is lost: {error}");
         }
     }
-}
-
-impl Guest {
-    fn flush(&mut self) -> io::Result<()> {
-        while !self.queued.is_empty() {
-            match self.stream.write(self.queued.as_slices().0) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(len) => drop(self.queued.drain(..len)),
-                Err(error) if is_transient(&error) => return Ok(()),
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
-    }
-
-    /// The first whole message of what arrived.
-    fn next_message(&mut self) -> io::Result<Option<Datagram>> {
-        let Some(len) = self.arrived.first_chunk::<4>() else {
-            return Ok(None);
-        };
-        let len = u32::from_le_bytes(*len) as usize;
-        if len > MAX_MESSAGE {
-            return Err(io::ErrorKind::InvalidData.into());
-        }
-        let Some(frame) = self.arrived.get(..4 + len) else {
-            return Ok(None);
-        };
-        let message = protocol::receive(frame)?;
-        self.arrived.drain(..4 + len);
-        Ok(message)
-    }
-}
-
-fn is_transient(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-    )
 }

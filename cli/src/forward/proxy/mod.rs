@@ -6,6 +6,7 @@
 //! It asks for no password: it listens on the loopback unless told otherwise, and answers requests that a
 //! web page can make a browser send there with an error that says nothing of the machine.
 
+mod at;
 mod client;
 mod datagrams;
 mod handshake;
@@ -15,38 +16,19 @@ mod socks;
 mod target;
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
-use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::net::SocketAddr;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use agent::protocol::{DialError, Target};
-
-use server::{Mailbox, Message, Server};
+pub use self::at::At;
+use self::server::{Mailbox, Message, Server};
+use super::error::BindError;
+use super::listener::{HostSocket, bind_port};
+use super::spec::Protocol;
+use super::{ForwardError, Forwarder};
 
 /// How long a client may take to say what it wants, and again to take an answer.
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// What is called with the outcome of a dial.
-pub type DialDone = Box<dyn FnOnce(Result<Box<dyn Held>, DialError>) + Send>;
-
-/// A way into a guest.
-pub trait Dialer: Send + 'static {
-    /// Connects to `target` and calls `done`, on whichever thread, exactly once and in bounded time.
-    /// Does not block.
-    fn dial(&self, target: Target, done: DialDone);
-
-    /// Opens a connection that carries [`agent::protocol::Datagram`]s. Does not block.
-    fn datagrams(&self) -> io::Result<UnixStream>;
-}
-
-/// A connection in the guest that waits for its other end; reset where it is dropped.
-pub trait Held: Send {
-    /// Makes it one with `stream`, sending `early` into the guest first. Does not block. Where that
-    /// fails, `stream` is reset.
-    fn join(self: Box<Self>, stream: OwnedFd, early: Vec<u8>) -> io::Result<()>;
-}
 
 /// A proxy that runs until it is dropped; connections that were made go on.
 #[derive(Debug)]
@@ -57,22 +39,30 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Serves the clients of `listeners`.
+    /// Serves clients at `at` with what `forwarder` reaches; as long as that has no agent they are told that
+    /// the machine is not up.
     ///
     /// # Errors
-    /// Where the system has no thread or descriptor left.
-    pub fn start(listeners: Vec<TcpListener>, dialer: impl Dialer) -> io::Result<Self> {
-        Self::start_with(listeners, dialer, PATIENCE)
+    /// Where the port is not to be had, or the system has no thread or descriptor left.
+    pub fn open(at: At, forwarder: Forwarder) -> Result<Self, ForwardError> {
+        let sockets = bind_port(at.address(), at.port(), Protocol::Tcp);
+        let sockets = sockets.map_err(BindError::explain)?;
+        Ok(Self::serve(sockets, forwarder, PATIENCE)?)
     }
 
-    fn start_with(
-        listeners: Vec<TcpListener>,
-        dialer: impl Dialer,
+    fn serve(
+        mut listeners: Vec<HostSocket>,
+        forwarder: Forwarder,
         patience: Duration,
     ) -> io::Result<Self> {
-        let addresses = listeners.iter().map(TcpListener::local_addr);
-        let addresses = addresses.collect::<io::Result<_>>()?;
-        let (mut server, mailbox) = Server::new(listeners, dialer, patience)?;
+        let mut addresses = Vec::new();
+        for listener in &mut listeners {
+            if let HostSocket::Tcp(port) = listener {
+                port.listen()?;
+            }
+            addresses.push(rustix::net::getsockname(&listener)?.try_into()?);
+        }
+        let (mut server, mailbox) = Server::new(listeners, forwarder, patience)?;
         let thread = thread::Builder::new().name("proxy".into());
         let thread = thread.spawn(move || {
             if let Err(error) = server.run() {

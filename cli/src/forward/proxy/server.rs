@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
@@ -14,7 +14,8 @@ use rustix::event::{EventfdFlags, Timespec, eventfd};
 
 use super::client::{Client, Step};
 use super::datagrams::Relay;
-use super::{Dialer, Held};
+use crate::forward::listener::HostSocket;
+use crate::forward::{Dialed, Forwarder};
 
 /// How many clients may be on their way to a connection. One more takes the place of the one that has
 /// been silent the longest.
@@ -40,7 +41,7 @@ const DATAGRAMS: u64 = 1 << 63;
 /// What other threads tell the proxy's.
 pub enum Message {
     /// How a client's dial ended.
-    Dialed(u64, Result<Box<dyn Held>, DialError>),
+    Dialed(u64, Result<Dialed, DialError>),
     /// The end.
     Stop,
 }
@@ -63,12 +64,12 @@ impl Mailbox {
 }
 
 /// The state of the proxy's thread.
-pub struct Server<D> {
+pub struct Server {
     epoll: OwnedFd,
-    listeners: Vec<TcpListener>,
+    listeners: Vec<HostSocket>,
     /// Set while no client is accepted.
     paused_until: Option<Instant>,
-    dialer: D,
+    forwarder: Forwarder,
     patience: Duration,
     mailbox: Mailbox,
     messages: Receiver<Message>,
@@ -78,11 +79,11 @@ pub struct Server<D> {
     relay: Relay,
 }
 
-impl<D: Dialer> Server<D> {
+impl Server {
     /// Ready to run on a thread; clients are given `patience`.
     pub fn new(
-        listeners: Vec<TcpListener>,
-        dialer: D,
+        listeners: Vec<HostSocket>,
+        forwarder: Forwarder,
         patience: Duration,
     ) -> io::Result<(Self, Mailbox)> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -94,14 +95,13 @@ impl<D: Dialer> Server<D> {
             wake: Arc::new(wake),
         };
         for (number, listener) in (FIRST_LISTENER..FIRST_CLIENT).zip(&listeners) {
-            listener.set_nonblocking(true)?;
             epoll::add(&epoll, listener, EventData::new_u64(number), EventFlags::IN)?;
         }
         let server = Self {
             epoll,
             listeners,
             paused_until: None,
-            dialer,
+            forwarder,
             patience,
             mailbox: mailbox.clone(),
             messages,
@@ -178,7 +178,7 @@ impl<D: Dialer> Server<D> {
                 return Ok(());
             };
             match listener.accept() {
-                Ok((stream, _)) => self.welcome(stream),
+                Ok(stream) => self.welcome(stream.into()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if is_shortage(&error) => {
                     tracing::warn!("the proxy cannot take another client yet: {error}");
@@ -194,11 +194,7 @@ impl<D: Dialer> Server<D> {
     fn welcome(&mut self, stream: TcpStream) {
         let number = self.next_client;
         let data = EventData::new_u64(number);
-        let ready = stream
-            .set_nonblocking(true)
-            .and_then(|()| stream.set_nodelay(true))
-            .and_then(|()| Ok(epoll::add(&self.epoll, &stream, data, EventFlags::IN)?));
-        if let Err(error) = ready {
+        if let Err(error) = epoll::add(&self.epoll, &stream, data, EventFlags::IN) {
             tracing::debug!("a client of the proxy is lost: {error}");
             return;
         }
@@ -270,7 +266,7 @@ impl<D: Dialer> Server<D> {
                 self.watch_client(number, EventFlags::empty());
                 let mailbox = self.mailbox.clone();
                 let done = move |result| mailbox.send(Message::Dialed(number, result));
-                self.dialer.dial(target, Box::new(done));
+                self.forwarder.dial(target, done);
             }
             Step::Associate(port) => {
                 let result = self.associate(number, port);
@@ -317,7 +313,7 @@ impl<D: Dialer> Server<D> {
             return Err(io::Error::other("too many clients send datagrams"));
         }
         if self.relay.guest().is_none() {
-            let guest = self.dialer.datagrams()?;
+            let guest = self.forwarder.open_datagrams()?;
             epoll::add(
                 &self.epoll,
                 &guest,
@@ -356,7 +352,7 @@ impl<D: Dialer> Server<D> {
             return;
         };
         let mut flags = EventFlags::IN;
-        flags.set(EventFlags::OUT, self.relay.is_queued());
+        flags.set(EventFlags::OUT, guest.is_waiting());
         if let Err(error) = epoll::modify(&self.epoll, guest, EventData::new_u64(GUEST), flags) {
             tracing::debug!("the guest's datagrams cannot be waited for: {error}");
         }

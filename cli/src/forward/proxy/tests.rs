@@ -1,74 +1,122 @@
-//! The proxy with clients on the loopback and a guest that is this process.
+//! The proxy with clients on the loopback and an agent that is this process.
 
+use std::collections::HashMap;
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::process::Command;
 use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex};
 
-use agent::protocol::{self, Datagram};
+use agent::protocol::{self, Datagram, DialError, FromForwarder, Open, Target, ToForwarder};
 
 use super::*;
+use crate::forward::listener::TcpPort;
+use crate::forward::{Declarations, Guest};
 
 /// Long enough for the slowest machine; only a failing test waits for it.
 const GENEROUS: Duration = Duration::from_secs(60);
 
-/// A guest whose ports are this process's, which knows the names below.
-#[derive(Default)]
-struct Guest {
-    /// Takes what connects to `held`, which is never answered.
-    held: Option<Sender<DialDone>>,
+/// An agent whose guest's ports are this process's, and whose names are those below.
+#[derive(Clone)]
+struct Agent {
+    /// What was dialed and not attached yet.
+    held: Arc<Mutex<HashMap<u64, TcpStream>>>,
     /// Takes the agent's end of each connection for datagrams.
-    datagrams: Option<Sender<UnixStream>>,
+    datagrams: Sender<UnixStream>,
+    events: Sender<Told>,
 }
 
-impl Dialer for Guest {
-    fn dial(&self, target: Target, done: DialDone) {
-        let (host, port) = match target {
-            Target::Loopback(port) => ("localhost".to_owned(), port),
-            Target::Host { host, port } => (host, port),
-            Target::Unix(_) => unreachable!("the proxy knows no such targets"),
-        };
-        let failure = match host.as_str() {
-            "localhost" | "service" | "127.0.0.1" => None,
-            "held" => return self.held.as_ref().unwrap().send(done).unwrap(),
-            "unreachable" => Some(DialError::Unreachable),
-            "slow" => Some(DialError::TimedOut),
-            "broken" => Some(DialError::Other("it is broken".to_owned())),
-            _ => Some(DialError::NoSuchHost),
-        };
-        thread::spawn(move || {
-            done(match failure {
-                Some(error) => Err(error),
-                None => match TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
-                    Ok(stream) => Ok(Box::new(Connection(stream))),
-                    Err(_) => Err(DialError::Refused),
-                },
-            })
-        });
-    }
+/// What the agent was told and keeps to itself.
+enum Told {
+    /// To dial the host `held`, with where to answer.
+    Dial(u64, UnixStream),
+    /// That nobody wants the connection.
+    Drop(u64),
+}
 
-    fn datagrams(&self) -> io::Result<UnixStream> {
+impl Guest for Agent {
+    fn connect(&self) -> io::Result<UnixStream> {
         let (near, far) = UnixStream::pair()?;
-        self.datagrams.as_ref().unwrap().send(far).unwrap();
+        let agent = self.clone();
+        thread::spawn(move || match protocol::receive(&far).unwrap() {
+            Some(Open::Forward) => agent.control(&far),
+            other => panic!("opened as {other:?}"),
+        });
         Ok(near)
     }
-}
 
-/// A connection in the guest.
-struct Connection(TcpStream);
-
-impl Held for Connection {
-    fn join(mut self: Box<Self>, stream: OwnedFd, early: Vec<u8>) -> io::Result<()> {
-        let client = TcpStream::from(stream);
+    fn join(&self, prelude: Vec<u8>, stream: OwnedFd) -> io::Result<()> {
+        let mut early = prelude.as_slice();
+        let token = match protocol::receive(&mut early)? {
+            Some(Open::Attach { token }) => token,
+            Some(Open::Datagrams) => {
+                self.datagrams.send(UnixStream::from(stream)).unwrap();
+                return Ok(());
+            }
+            other => panic!("opened as {other:?}"),
+        };
+        let mut guest = self.held.lock().unwrap().remove(&token).unwrap();
+        let (client, early) = (TcpStream::from(stream), early.to_vec());
         thread::spawn(move || {
             client.set_nonblocking(false).unwrap();
-            self.0.write_all(&early).unwrap();
-            let back = (self.0.try_clone().unwrap(), client.try_clone().unwrap());
+            guest.write_all(&early).unwrap();
+            let back = (guest.try_clone().unwrap(), client.try_clone().unwrap());
             thread::spawn(move || copy(back.0, back.1));
-            copy(client, self.0);
+            copy(client, guest);
         });
         Ok(())
     }
+}
+
+impl Agent {
+    fn control(&self, stream: &UnixStream) {
+        while let Some(message) = protocol::receive(stream).unwrap() {
+            match message {
+                ToForwarder::Dial { token, target } => self.dial(stream, token, target),
+                ToForwarder::Drop { token } => {
+                    self.held.lock().unwrap().remove(&token);
+                    // Not every test asks.
+                    let _ = self.events.send(Told::Drop(token));
+                }
+                ToForwarder::Watch(_) => {}
+                other => panic!("told {other:?}"),
+            }
+        }
+    }
+
+    fn dial(&self, stream: &UnixStream, token: u64, target: Target) {
+        let (host, port) = match target {
+            Target::Loopback(port) => ("localhost".to_owned(), port),
+            Target::Host { host, port } => (host, port),
+            Target::Unix(_) => panic!("the proxy knows no such targets"),
+        };
+        let result = match host.as_str() {
+            "localhost" | "service" | "127.0.0.1" => {
+                match TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
+                    Ok(stream) => {
+                        self.held.lock().unwrap().insert(token, stream);
+                        Ok(())
+                    }
+                    Err(_) => Err(DialError::Refused),
+                }
+            }
+            "held" => {
+                let told = Told::Dial(token, stream.try_clone().unwrap());
+                return self.events.send(told).unwrap();
+            }
+            "unreachable" => Err(DialError::Unreachable),
+            "slow" => Err(DialError::TimedOut),
+            "broken" => Err(DialError::Other("it is broken".to_owned())),
+            _ => Err(DialError::NoSuchHost),
+        };
+        answer(stream, token, result);
+    }
+}
+
+fn answer(stream: &UnixStream, token: u64, result: Result<(), DialError>) {
+    protocol::send(stream, &FromForwarder::Dialed { token, result }).unwrap();
 }
 
 fn copy(mut from: TcpStream, mut to: TcpStream) {
@@ -77,9 +125,24 @@ fn copy(mut from: TcpStream, mut to: TcpStream) {
     let _ = to.shutdown(Shutdown::Write);
 }
 
-fn proxy(guest: Guest) -> Proxy {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    Proxy::start(vec![listener], guest).unwrap()
+/// A proxy, what the agent was told, and its ends of connections for datagrams.
+fn proxy_of(patience: Duration) -> (Proxy, Receiver<Told>, Receiver<UnixStream>) {
+    let (events, told) = mpsc::channel();
+    let (datagrams, agents) = mpsc::channel();
+    let forwarder = Forwarder::new(Declarations::default(), |_| ()).unwrap();
+    let agent = Agent {
+        held: Arc::default(),
+        datagrams,
+        events,
+    };
+    forwarder.attach(agent).unwrap();
+    let port = TcpPort::bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+    let proxy = Proxy::serve(vec![HostSocket::Tcp(port)], forwarder, patience).unwrap();
+    (proxy, told, agents)
+}
+
+fn proxy() -> Proxy {
+    proxy_of(GENEROUS).0
 }
 
 fn connect(proxy: &Proxy) -> TcpStream {
@@ -158,7 +221,7 @@ fn exchange_text(proxy: &Proxy, wire: &str) -> String {
 
 #[test]
 fn what_is_sent_before_the_answer_arrives_in_order() {
-    let (proxy, port) = (proxy(Guest::default()), service());
+    let (proxy, port) = (proxy(), service());
     let early = [socks5("localhost", port), b"early".to_vec()].concat();
     assert_eq!(
         exchange(&proxy, &early),
@@ -177,7 +240,7 @@ fn what_is_sent_before_the_answer_arrives_in_order() {
 
 #[test]
 fn data_flows_both_ways_after_the_answer() {
-    let (proxy, port) = (proxy(Guest::default()), service());
+    let (proxy, port) = (proxy(), service());
     let mut client = connect(&proxy);
     for byte in socks5("service", port) {
         client.write_all(&[byte]).unwrap();
@@ -195,7 +258,7 @@ fn data_flows_both_ways_after_the_answer() {
 
 #[test]
 fn a_connection_that_is_made_outlives_the_proxy() {
-    let (proxy, port) = (proxy(Guest::default()), service());
+    let (proxy, port) = (proxy(), service());
     let mut client = connect(&proxy);
     client.write_all(&socks5("localhost", port)).unwrap();
     let mut answer = [0; 12];
@@ -212,7 +275,7 @@ fn a_connection_that_is_made_outlives_the_proxy() {
 
 #[test]
 fn failures_are_told_in_the_clients_protocol() {
-    let proxy = proxy(Guest::default());
+    let proxy = proxy();
     let cases = [
         ("localhost", 5, "502", "Nobody listens"),
         ("unreachable", 3, "502", "no way"),
@@ -238,7 +301,7 @@ fn failures_are_told_in_the_clients_protocol() {
 
 #[test]
 fn a_refused_client_reads_its_answer_whatever_else_it_sent() {
-    let proxy = proxy(Guest::default());
+    let proxy = proxy();
     let mut client = connect(&proxy);
     let request = b"POST / HTTP/1.1\r\nContent-Length: 500000\r\n\r\n";
     client.write_all(request).unwrap();
@@ -250,7 +313,7 @@ fn a_refused_client_reads_its_answer_whatever_else_it_sent() {
 
 #[test]
 fn garbage_is_answered_and_disturbs_nobody() {
-    let (proxy, port) = (proxy(Guest::default()), service());
+    let (proxy, port) = (proxy(), service());
     let mut patient = connect(&proxy);
     patient.write_all(&socks5("localhost", port)).unwrap();
     assert_eq!(exchange(&proxy, b"\x05\x01\x02"), b"\x05\xff");
@@ -266,25 +329,26 @@ fn garbage_is_answered_and_disturbs_nobody() {
     assert_eq!(got, SOCKS5_CONNECTED);
 }
 
+fn dial_held(told: &Receiver<Told>) -> (u64, UnixStream) {
+    match told.recv_timeout(GENEROUS).unwrap() {
+        Told::Dial(token, stream) => (token, stream),
+        Told::Drop(token) => panic!("{token} was dropped"),
+    }
+}
+
 #[test]
 fn many_clients_are_connected_at_a_time() {
-    let (sender, held) = mpsc::channel();
-    let guest = Guest {
-        held: Some(sender),
-        ..Guest::default()
-    };
-    let (proxy, port) = (proxy(guest), service());
+    let (proxy, told, _) = proxy_of(GENEROUS);
+    let port = service();
     let mut clients: Vec<TcpStream> = (0..500).map(|_| connect(&proxy)).collect();
     for client in &mut clients {
         client.write_all(&socks5("held", port)).unwrap();
     }
-    let waiting: Vec<DialDone> = (0..500)
-        .map(|_| held.recv_timeout(GENEROUS).unwrap())
-        .collect();
+    let waiting: Vec<(u64, UnixStream)> = (0..500).map(|_| dial_held(&told)).collect();
     // All are under way, and one more is served meanwhile.
     assert!(exchange(&proxy, &socks5("localhost", port)).starts_with(&SOCKS5_CONNECTED));
-    for done in waiting {
-        done(Err(DialError::Refused));
+    for (token, stream) in waiting {
+        answer(&stream, token, Err(DialError::Refused));
     }
     for mut client in clients {
         let mut got = Vec::new();
@@ -295,9 +359,7 @@ fn many_clients_are_connected_at_a_time() {
 
 #[test]
 fn clients_that_dawdle_are_told_so_and_let_go() {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-    let patience = Duration::from_millis(500);
-    let proxy = Proxy::start_with(vec![listener], Guest::default(), patience).unwrap();
+    let (proxy, ..) = proxy_of(Duration::from_millis(500));
     let (mut web, mut socks, mut silent) = (connect(&proxy), connect(&proxy), connect(&proxy));
     web.write_all(b"GET http://ser").unwrap();
     socks.write_all(b"\x05\x01\x00\x05\x01").unwrap();
@@ -313,7 +375,7 @@ fn clients_that_dawdle_are_told_so_and_let_go() {
 
 #[test]
 fn silent_clients_make_room_for_others() {
-    let (proxy, port) = (proxy(Guest::default()), service());
+    let (proxy, port) = (proxy(), service());
     let mut silent = Vec::new();
     for number in 0..server::MAX_CLIENTS + 8 {
         let mut client = connect(&proxy);
@@ -344,38 +406,24 @@ fn is_timeout(result: &io::Result<usize>) -> bool {
 
 #[test]
 fn a_client_that_resets_while_the_guest_connects_costs_the_connection() {
-    struct Observed(Sender<()>);
-    impl Held for Observed {
-        fn join(self: Box<Self>, _: OwnedFd, _: Vec<u8>) -> io::Result<()> {
-            panic!("there is nobody to join");
-        }
-    }
-    impl Drop for Observed {
-        fn drop(&mut self) {
-            self.0.send(()).unwrap();
-        }
-    }
-    let (sender, held) = mpsc::channel();
-    let guest = Guest {
-        held: Some(sender),
-        ..Guest::default()
-    };
-    let proxy = proxy(guest);
+    let (proxy, told, _) = proxy_of(GENEROUS);
     let mut client = connect(&proxy);
     client.write_all(&socks5("held", 80)).unwrap();
-    let done = held.recv_timeout(GENEROUS).unwrap();
+    let (token, stream) = dial_held(&told);
     rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO)).unwrap();
     drop(client);
-    // Events of one descriptor come in order: this one is served after the reset was seen.
+    // A client that comes later is served after the reset was seen.
     assert_eq!(exchange(&proxy, b"\x05\x00"), b"\x05\xff");
-    let (dropped, observed) = mpsc::channel();
-    done(Ok(Box::new(Observed(dropped))));
-    observed.recv_timeout(GENEROUS).unwrap();
+    answer(&stream, token, Ok(()));
+    match told.recv_timeout(GENEROUS).unwrap() {
+        Told::Drop(dropped) => assert_eq!(dropped, token),
+        Told::Dial(..) => panic!("dialed again"),
+    }
 }
 
 #[test]
 fn every_plain_request_has_its_own_connection_to_its_own_host() {
-    let (proxy, port) = (proxy(Guest::default()), web_server());
+    let (proxy, port) = (proxy(), web_server());
     let got = exchange_text(
         &proxy,
         &format!(
@@ -396,7 +444,7 @@ fn every_plain_request_has_its_own_connection_to_its_own_host() {
 
 #[test]
 fn curl_gets_pages_by_each_protocol() {
-    let (proxy, port) = (proxy(Guest::default()), web_server());
+    let (proxy, port) = (proxy(), web_server());
     let at = proxy.addresses()[0];
     let ways = [
         vec!["--socks5-hostname".to_owned(), at.to_string()],
@@ -460,12 +508,8 @@ fn associate(proxy: &Proxy, port: u16) -> (TcpStream, SocketAddr) {
 }
 
 fn relaying() -> (Proxy, Receiver<UnixStream>) {
-    let (sender, agents) = mpsc::channel();
-    let guest = Guest {
-        datagrams: Some(sender),
-        ..Guest::default()
-    };
-    (proxy(guest), agents)
+    let (proxy, _, agents) = proxy_of(GENEROUS);
+    (proxy, agents)
 }
 
 fn udp() -> UdpSocket {
