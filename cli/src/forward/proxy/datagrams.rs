@@ -98,7 +98,7 @@ impl Relay {
     /// Ends `flow`, if there is one.
     pub fn close(&mut self, flow: u32) {
         if self.flows.remove(&flow).is_some() {
-            self.to_guest(&Datagram::Closed { flow });
+            self.tell_guest(&Datagram::Closed { flow });
         }
     }
 
@@ -113,7 +113,7 @@ impl Relay {
                 Ok((len, from)) => {
                     let bytes = buffer.get(..len).unwrap_or_default();
                     if let Some(datagram) = found.datagram(flow, from, bytes) {
-                        self.to_guest(&datagram);
+                        self.tell_guest(&datagram);
                     }
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
@@ -150,7 +150,7 @@ impl Relay {
         Ok(())
     }
 
-    fn to_guest(&mut self, datagram: &Datagram) {
+    fn tell_guest(&mut self, datagram: &Datagram) {
         let Some(guest) = &mut self.guest else {
             return;
         };
