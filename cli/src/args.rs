@@ -280,6 +280,40 @@ pub enum AccelCommand {
     Supervise,
 }
 
+/// `mvm cp`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A path in a machine is NAME:PATH, seen from its root directory; `-` is a tar archive on standard input \
+or output. A host path with a colon is written ./with:colon.
+
+A directory is copied with all that is in it: into the destination where that is a directory, else \
+it becomes the destination. DIRECTORY/. is its content without itself. Permissions and times \
+are kept; files are the caller's on the host and root's in the machine, without set-id bits, unless \
+--archive is given. Symlinks are copied as such. Sockets are left out, and devices do not come to the host.
+
+Exit code: 0 when everything was copied; 1 when not.")]
+pub struct CpArgs {
+    /// Keep user and group ids, set-id bits and extended attributes, as far as the receiving side may
+    #[arg(short, long)]
+    pub archive: bool,
+
+    /// Copy what a symlink leads to, where FROM is one
+    #[arg(short = 'L', long)]
+    pub follow_link: bool,
+
+    /// Show no progress
+    #[arg(short, long)]
+    pub quiet: bool,
+
+    /// What to copy
+    #[arg(value_name = "FROM", value_hint = clap::ValueHint::AnyPath)]
+    pub from: OsString,
+
+    /// Where to
+    #[arg(value_name = "TO", value_hint = clap::ValueHint::AnyPath)]
+    pub to: OsString,
+}
+
 /// `mvm doctor`.
 #[derive(Debug, Args)]
 pub struct DoctorArgs {

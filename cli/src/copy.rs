@@ -30,7 +30,7 @@ pub enum OutputError {
 pub fn input(from: BorrowedFd<'_>, mut to: &UnixStream) {
     let mut buffer = vec![0u8; CHUNK];
     loop {
-        match rustix::io::read(from, &mut buffer) {
+        match read(from, &mut buffer) {
             Ok(0) => break,
             Ok(len) => {
                 if to.write_all(&buffer[..len]).is_err() {
@@ -38,8 +38,6 @@ pub fn input(from: BorrowedFd<'_>, mut to: &UnixStream) {
                     return;
                 }
             }
-            Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => wait_for(from, PollFlags::IN),
             Err(error) => {
                 tracing::debug!("standard input cannot be read: {error}");
                 break;
@@ -73,8 +71,19 @@ pub fn output(
     }
 }
 
+/// Reads what there is, also where the caller left the descriptor non-blocking; 0 at the end.
+pub fn read(from: BorrowedFd<'_>, buffer: &mut [u8]) -> rustix::io::Result<usize> {
+    loop {
+        match rustix::io::read(from, &mut *buffer) {
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => wait_for(from, PollFlags::IN),
+            read => return read,
+        }
+    }
+}
+
 /// Writes all of `data`, also where the caller left the descriptor non-blocking.
-fn write_all(to: BorrowedFd<'_>, mut data: &[u8]) -> rustix::io::Result<()> {
+pub fn write_all(to: BorrowedFd<'_>, mut data: &[u8]) -> rustix::io::Result<()> {
     while !data.is_empty() {
         match rustix::io::write(to, data) {
             Ok(len) => data = &data[len..],

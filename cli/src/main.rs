@@ -19,6 +19,7 @@ mod link;
 mod lock;
 mod name;
 mod prepare;
+mod progress;
 mod resolve;
 mod session;
 #[allow(dead_code, unused_imports)]

@@ -14,9 +14,10 @@ pub const CHUNK: usize = 256 << 10;
 const PREFIX: usize = 4;
 
 /// The sender's end.
-#[derive(Debug)]
 pub struct ChunkWriter<W> {
     to: W,
+    /// Who is told the notes instead of the receiver.
+    notes: Option<Box<dyn FnMut(String) + Send>>,
     /// A chunk that is being filled, behind the place of its length.
     buffer: Vec<u8>,
     filled: usize,
@@ -27,9 +28,16 @@ impl<W: Write> ChunkWriter<W> {
     pub fn new(to: W) -> Self {
         Self {
             to,
+            notes: None,
             buffer: vec![0; PREFIX + CHUNK],
             filled: PREFIX,
         }
+    }
+
+    /// Tells `notes` what there is to say rather than the receiver: the person is on this side.
+    pub fn with_notes(mut self, notes: impl FnMut(String) + Send + 'static) -> Self {
+        self.notes = Some(Box::new(notes));
+        self
     }
 
     /// Room for the next bytes, at least one; say with [`Self::advance`] how many were put there.
@@ -49,7 +57,13 @@ impl<W: Write> ChunkWriter<W> {
 
     /// Says something to the person who waits for the copy.
     pub fn note(&mut self, note: String) -> io::Result<()> {
-        self.report(&Report::Note(note))
+        match &mut self.notes {
+            Some(notes) => {
+                notes(note);
+                Ok(())
+            }
+            None => self.report(&Report::Note(note)),
+        }
     }
 
     /// Ends the archive, or says why it goes no further.
@@ -102,7 +116,7 @@ pub struct PeerFailed(pub String);
 /// The receiver's end: reads as the archive's bytes, up to the end of the archive.
 ///
 /// Where the other side said why it stopped, reading fails with a `PeerFailed` inside; where the
-/// connection ends without a result, with UnexpectedEof.
+/// connection ends without a result, with ConnectionAborted.
 pub struct ChunkReader<R, N> {
     from: R,
     notes: N,
@@ -132,19 +146,27 @@ impl<R: Read, N: FnMut(String)> ChunkReader<R, N> {
     fn start_chunk(&mut self) -> io::Result<()> {
         while self.left == 0 && !self.ended {
             let mut prefix = [0; PREFIX];
-            self.from.read_exact(&mut prefix)?;
+            self.from.read_exact(&mut prefix).map_err(cut)?;
             self.left = u32::from_le_bytes(prefix).into();
             if self.left > 0 {
                 return Ok(());
             }
-            match protocol::receive(&mut self.from)? {
+            match protocol::receive(&mut self.from).map_err(cut)? {
                 Some(Report::Note(note)) => (self.notes)(note),
                 Some(Report::End(Ok(()))) => self.ended = true,
                 Some(Report::End(Err(why))) => return Err(io::Error::other(PeerFailed(why))),
-                None => return Err(io::ErrorKind::UnexpectedEof.into()),
+                None => return Err(io::ErrorKind::ConnectionAborted.into()),
             }
         }
         Ok(())
+    }
+}
+
+/// An end that is none of the archive.
+fn cut(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => io::ErrorKind::ConnectionAborted.into(),
+        _ => error,
     }
 }
 
@@ -157,7 +179,7 @@ impl<R: Read, N: FnMut(String)> BufRead for ChunkReader<R, N> {
             let room = self.buffer.get_mut(..len).unwrap_or_default();
             while !room.is_empty() && self.end == 0 {
                 match self.from.read(room) {
-                    Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    Ok(0) => return Err(io::ErrorKind::ConnectionAborted.into()),
                     Ok(len) => self.end = len,
                     Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                     Err(error) => return Err(error),
@@ -213,8 +235,8 @@ mod tests {
         let error = ArchiveError::stream(read(&wire).0.unwrap_err());
         assert!(matches!(error, ArchiveError::Peer(why) if why == "the disk broke"));
         for cut in 0..wire.len() {
-            let error = read(&wire[..cut]).0.unwrap_err();
-            assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "cut at {cut}");
+            let error = ArchiveError::stream(read(&wire[..cut]).0.unwrap_err());
+            assert!(matches!(error, ArchiveError::Lost), "cut at {cut}: {error}");
         }
     }
 
@@ -223,7 +245,7 @@ mod tests {
         let mut wire = u32::MAX.to_le_bytes().to_vec();
         wire.extend([7; 100]);
         let error = read(&wire).0.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
     }
 
     use super::super::ArchiveError;

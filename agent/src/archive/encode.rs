@@ -22,7 +22,6 @@ const MAX_OCTAL: u64 = (1 << 33) - 1;
 const MAX_ID: u32 = (1 << 21) - 1;
 
 /// Writes an archive.
-#[derive(Debug)]
 pub struct Encoder<'a, W> {
     out: &'a mut ChunkWriter<W>,
     /// Bytes of data that this member still has to get.

@@ -79,20 +79,26 @@ pub enum ArchiveError {
     /// The other side stopped, and said why.
     #[error("{0}")]
     Peer(String),
-    /// The stream between the two sides broke.
+    /// The connection ended before the archive did.
+    #[error("the connection to the machine ended before everything was copied")]
+    Lost,
+    /// The stream of the archive cannot be read or written.
     #[error("the stream of the archive broke")]
     Stream(#[source] io::Error),
 }
 
 impl ArchiveError {
-    /// An error of reading or writing the stream itself.
-    fn stream(error: io::Error) -> Self {
+    /// What `error` means, which came of reading or writing the stream itself.
+    pub fn stream(error: io::Error) -> Self {
         match error.downcast::<chunk::PeerFailed>() {
             Ok(failed) => Self::Peer(failed.0),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                Self::Damaged("it ends in the middle")
-            }
-            Err(error) => Self::Stream(error),
+            Err(error) => match error.kind() {
+                io::ErrorKind::UnexpectedEof => Self::Damaged("it ends in the middle"),
+                io::ErrorKind::ConnectionAborted
+                | io::ErrorKind::ConnectionReset
+                | io::ErrorKind::BrokenPipe => Self::Lost,
+                _ => Self::Stream(error),
+            },
         }
     }
 
