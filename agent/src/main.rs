@@ -93,7 +93,9 @@ fn run(started: Duration) -> Result<Infallible> {
         init::hand_over(program, &root.tree)?;
     }
     let initramfs = Tree::own().context("the initramfs cannot be opened")?;
-    let machine = Arc::new(Machine::new(root, initramfs, reaper, power::off));
+    let forwarder = forward::Handle::new().context("no event can be made")?;
+    let machine = Machine::new(root, initramfs, reaper, forwarder, power::off);
+    let machine = Arc::new(machine);
     serve(&machine, started)
 }
 
@@ -116,7 +118,7 @@ fn serve(machine: &Arc<Machine>, started: Duration) -> Result<Infallible> {
     }
     let serving = Arc::clone(machine);
     let hand_on = move |connection, open| serve::start(&serving, connection, open);
-    let handle = forward::Handle::new().context("no event can be made")?;
+    let handle = machine.forwarder.clone();
     let root = Arc::clone(&machine.root);
     Reactor::new(Box::new(listener), handle, root, Box::new(hand_on))?.run()
 }

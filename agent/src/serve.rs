@@ -11,6 +11,7 @@ use agent::protocol::{self, Done, Exec, FromSession, Open, Refusal};
 use crate::clock;
 use crate::connection::Connection;
 use crate::copy;
+use crate::forward;
 use crate::reap::{Child, Reaper};
 use crate::rendezvous::{PATIENCE, Rendezvous};
 use crate::root::Prepared;
@@ -42,6 +43,8 @@ pub struct Machine {
     pub furnishing: Option<Child>,
     /// Streams and the sessions they belong to.
     pub rendezvous: Rendezvous,
+    /// Serves connections between the host and what is in the guest.
+    pub forwarder: forward::Handle,
     /// Powers the machine off, with so long between SIGTERM and SIGKILL.
     pub power_off: fn(&Machine, Duration),
     sessions: Count,
@@ -54,6 +57,7 @@ impl Machine {
         root: Prepared,
         initramfs: Tree,
         reaper: Reaper,
+        forwarder: forward::Handle,
         power_off: fn(&Machine, Duration),
     ) -> Self {
         Self {
@@ -62,6 +66,7 @@ impl Machine {
             initramfs,
             reaper,
             rendezvous: Rendezvous::default(),
+            forwarder,
             power_off,
             sessions: Count::default(),
             connections: Count::default(),

@@ -140,7 +140,11 @@ impl Session {
             .and_then(|()| self.obey(&machine.reaper, control))
             .inspect_err(|_| self.hang_up(&machine.reaper))?;
         match self.child.exit.status() {
-            Some(status) => protocol::send(control, &FromSession::Exited(status))?,
+            Some(status) => {
+                // A command that started a service and ended leaves a port that is known.
+                machine.forwarder.report_listeners();
+                protocol::send(control, &FromSession::Exited(status))?;
+            }
             None => {
                 self.hang_up(&machine.reaper);
                 return Ok(());

@@ -35,7 +35,8 @@ fn machine() -> &'static Arc<Machine> {
             furnishing: None,
         };
         let power_off = |_: &Machine, _| panic!("no test asks for power-off");
-        let machine = Machine::new(root, Tree::own().unwrap(), Reaper::default(), power_off);
+        let (initramfs, forwarder) = (Tree::own().unwrap(), forward::Handle::new().unwrap());
+        let machine = Machine::new(root, initramfs, Reaper::default(), forwarder, power_off);
         let machine = Arc::new(machine);
         let reaping = Arc::clone(&machine);
         thread::spawn(move || reaping.reaper.run());
@@ -48,7 +49,7 @@ fn connect_silently() -> UnixStream {
     static DOOR: OnceLock<SocketAddr> = OnceLock::new();
     let door = DOOR.get_or_init(|| {
         let machine = machine();
-        let (handle, root) = (forward::Handle::new().unwrap(), Tree::own().unwrap());
+        let (handle, root) = (machine.forwarder.clone(), Tree::own().unwrap());
         let hand_on = |connection, open| serve::start(machine, connection, open);
         forward::tests::start(handle, root, hand_on)
     });

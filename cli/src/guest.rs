@@ -14,7 +14,15 @@ const AGENT: &[u8] = include_bytes!(env!("MVM_AGENT"));
 pub const MACHINE_MODULES: &[&str] = &["virtio_mmio", "vmw_vsock_virtio_transport"];
 
 /// Modules that every machine takes where its kernel has them.
-pub const OPTIONAL_MODULES: &[&str] = &["virtio_rng", "virtio_balloon", "button", "evdev"];
+pub const OPTIONAL_MODULES: &[&str] = &[
+    "virtio_rng",
+    "virtio_balloon",
+    "button",
+    "evdev",
+    // How the agent learns which ports are listened at.
+    "inet_diag",
+    "tcp_diag",
+];
 
 /// A [`Guest`] with what every machine has; `root` is where commands run.
 pub fn describe(hostname: &str, root: Root) -> Result<Guest> {

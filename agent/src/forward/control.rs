@@ -49,7 +49,7 @@ impl Reactor {
             })
         });
         for message in messages {
-            self.carry_out(&mut control, message);
+            self.carry_out(&control, message);
         }
         match read {
             Ok(Arrival::More) => self.states.enqueue(index),
@@ -67,9 +67,9 @@ impl Reactor {
         Some(State::Control(control))
     }
 
-    fn carry_out(&mut self, control: &mut Control, message: ToForwarder) {
+    fn carry_out(&mut self, control: &Control, message: ToForwarder) {
         match message {
-            ToForwarder::Watch(_) => {}
+            ToForwarder::Watch(on) => self.watch(control.owner, on),
             ToForwarder::Dial { token, target } => self.dial_for(control.owner, token, target),
             ToForwarder::Drop { token } => self.drop_held(token),
             ToForwarder::Listen { id, at } => self.listen(control.owner, id, at),
@@ -102,6 +102,7 @@ impl Reactor {
     fn dismiss(&mut self, control: &Control) {
         let owner = control.owner;
         self.controls.remove(&owner);
+        self.watch(owner, false);
         let belongs = |state: &mut State| match state {
             State::Resolving(resolving) => resolving.is_of(owner),
             State::Dialing(dial) => dial.is_of(owner),

@@ -2,18 +2,26 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::resolve::Answer;
 use super::slots::Index;
 
+/// How long somebody waits for a report to be made.
+const REPORT_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// A message for the reactor.
 #[derive(Debug)]
 pub enum Message {
     /// What was asked for on behalf of this entry under this number.
     Resolved(Index, u64, Answer),
+    /// Look at the guest's listening sockets, tell of changes, and say when that is done.
+    Look(SyncSender<()>),
 }
 
 /// The reactor, seen from other threads.
@@ -24,6 +32,7 @@ pub struct Handle(Arc<Inbox>);
 struct Inbox {
     messages: Mutex<Vec<Message>>,
     event: OwnedFd,
+    is_watched: AtomicBool,
 }
 
 impl Handle {
@@ -32,7 +41,23 @@ impl Handle {
         Ok(Self(Arc::new(Inbox {
             messages: Mutex::default(),
             event: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            is_watched: AtomicBool::new(false),
         })))
+    }
+
+    /// Has the host told of the guest's listening sockets as they are now, where it watches them.
+    pub fn report_listeners(&self) {
+        if self.0.is_watched.load(Ordering::Relaxed) {
+            let (done, is_done) = sync_channel(1);
+            self.send(Message::Look(done));
+            // A report that takes this long is not worth waiting for.
+            let _ = is_done.recv_timeout(REPORT_TIMEOUT);
+        }
+    }
+
+    /// Notes whether the host watches listening sockets.
+    pub(super) fn set_watched(&self, is_watched: bool) {
+        self.0.is_watched.store(is_watched, Ordering::Relaxed);
     }
 
     /// Queues a message and wakes the reactor.

@@ -7,7 +7,7 @@
 //! - [`dial`], [`resolve`]: how the one in the guest is made, names and paths on threads of their own;
 //! - [`control`]: what the host asks for on the connection that controls forwards, with [`listen`] for
 //!   connections that begin in the guest;
-//! - [`watch`]: the guest's listening sockets, reported as they come and go;
+//! - [`watch`]: the guest's listening sockets, reported as they come and go ([`sock_diag`], [`tracepoint`]);
 //! - [`datagram`]: datagrams and their flows.
 //!
 //! Data structures belong to the one thread; others speak to it through a [`Handle`].
@@ -26,9 +26,12 @@ mod poller;
 mod reactor;
 mod resolve;
 mod slots;
+mod sock_diag;
 #[cfg(test)]
 pub mod tests;
+mod tracepoint;
 mod unix;
+mod watch;
 
 pub use handle::Handle;
 pub use reactor::{Listener, Reactor};

@@ -23,6 +23,7 @@ use super::pair::{self, Pair, Progress, Side};
 use super::poller::{Poller, Token};
 use super::resolve::Resolver;
 use super::slots::{Index, Slots};
+use super::watch::Watch;
 use crate::connection::Connection;
 use crate::tree::Tree;
 
@@ -63,7 +64,10 @@ pub struct Reactor {
     pub(super) own_listeners: HashSet<u64>,
     /// The number of the latest of those things that need one of their own.
     pub(super) latest: u64,
-    handle: Handle,
+    /// What watches the guest's listening sockets, while `watchers` do.
+    pub(super) watch: Option<Index>,
+    pub(super) watchers: Vec<Owner>,
+    pub(super) handle: Handle,
     buffer: Box<[u8]>,
     hand_on: HandOn,
 }
@@ -79,6 +83,7 @@ pub(super) enum State {
     Pair(Pair),
     Control(Box<Control>),
     Listening(Box<Listening>),
+    Watch(Box<Watch>),
 }
 
 impl Reactor {
@@ -108,6 +113,8 @@ impl Reactor {
             told: Vec::new(),
             own_listeners: HashSet::new(),
             latest: 0,
+            watch: None,
+            watchers: Vec::new(),
             handle,
             buffer: vec![0; pair::READ_SIZE_MAX].into_boxed_slice(),
             hand_on,
@@ -153,6 +160,12 @@ impl Reactor {
                 Message::Resolved(index, question, answer) => {
                     self.resolved(index, question, answer);
                 }
+                Message::Look(done) => {
+                    self.look();
+                    self.tell();
+                    // Who asked may have stopped waiting.
+                    let _ = done.send(());
+                }
             }
         }
         self.tell();
@@ -177,6 +190,7 @@ impl Reactor {
             State::Dialing(dial) => self.dial(index, dial),
             State::Control(control) => self.obey(index, control),
             State::Listening(listening) => Some(self.accept(index, listening)),
+            State::Watch(watch) => Some(self.turn_watch(index, watch)),
             waiting @ (State::Resolving(_) | State::Held(_) | State::Pair(_)) => Some(waiting),
         };
         match next {
@@ -309,7 +323,9 @@ impl Reactor {
                 continue;
             }
             match state {
-                State::Door(..) | State::Listening(_) => self.states.enqueue(index),
+                State::Door(..) | State::Listening(_) | State::Watch(_) => {
+                    self.states.enqueue(index);
+                }
                 State::Resolving(_) | State::Dialing(_) | State::Held(_) => {
                     if let Some(state) = self.states.take(index) {
                         self.states.free(index);
@@ -342,6 +358,7 @@ impl State {
             Self::Dialing(dial) => Some(dial.deadline),
             Self::Held(held) => Some(held.deadline),
             Self::Listening(listening) => listening.paused,
+            Self::Watch(watch) => watch.next,
             Self::Pair(_) | Self::Control(_) => None,
         }
     }

@@ -14,18 +14,18 @@ use crate::tree::Tree;
 use agent::protocol::{self, Bind, DialError, FromForwarder, Open, Target, ToForwarder};
 
 /// The host's end of a connection that controls forwards.
-struct Control(UnixStream);
+pub struct Control(pub UnixStream);
 
 impl Control {
-    fn open() -> Self {
+    pub fn open() -> Self {
         Self(connect(&Open::Forward))
     }
 
-    fn say(&self, message: &ToForwarder) {
+    pub fn say(&self, message: &ToForwarder) {
         protocol::send(&self.0, message).unwrap();
     }
 
-    fn hear(&self) -> FromForwarder {
+    pub fn hear(&self) -> FromForwarder {
         let message = protocol::receive(&self.0).expect("the control connection broke");
         message.expect("the control connection ended")
     }
@@ -40,7 +40,7 @@ impl Control {
         }
     }
 
-    fn listen(&self, id: u32, at: Bind) -> Result<u16, String> {
+    pub fn listen(&self, id: u32, at: Bind) -> Result<u16, String> {
         self.say(&ToForwarder::Listen { id, at });
         match self.hear() {
             FromForwarder::Bound { id: of, result } if of == id => result,

@@ -3,6 +3,7 @@
 mod control;
 mod join;
 mod name;
+mod watch;
 
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
