@@ -30,6 +30,8 @@ pub enum Command {
     /// Own the VMM of a machine for an mvm on the host (started by mvm itself)
     #[command(hide = true)]
     Runner(Box<RunArgs>),
+    /// Copy files between the host and a machine
+    Cp(CpArgs),
     /// Manage the kernels that machines boot
     #[command(subcommand)]
     Kernel(KernelCommand),
@@ -291,7 +293,7 @@ it becomes the destination. DIRECTORY/. is its content without itself. Permissio
 are kept; files are the caller's on the host and root's in the machine, without set-id bits, unless \
 --archive is given. Symlinks are copied as such. Sockets are left out, and devices do not come to the host.
 
-Exit code: 0 when everything was copied; 1 when not.")]
+Exit code: 0 when everything was copied; 1 when not; 125 when the machine was not reached.")]
 pub struct CpArgs {
     /// Keep user and group ids, set-id bits and extended attributes, as far as the receiving side may
     #[arg(short, long)]

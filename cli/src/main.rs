@@ -52,6 +52,7 @@ fn main() -> ExitCode {
     report(match cli.command {
         Command::Run(run) => cmd::run::run(&run, arguments.get(2..).unwrap_or_default()),
         Command::Runner(run) => instance::runner::run(&run),
+        Command::Cp(copy) => cmd::cp::run(&copy, control::client::agent),
         Command::Kernel(command) => cmd::kernel::run(command),
         Command::Accel(command) => cmd::accel::run(command),
         Command::Doctor(doctor) => cmd::doctor::run(&doctor),

@@ -2,7 +2,6 @@
 //!
 //! One connection to the agent carries an archive in chunks; neither side stores it. What comes from a
 //! machine is unpacked with `agent::archive`, which trusts nothing of it.
-#![cfg_attr(not(test), expect(dead_code, reason = "the verb is not there yet"))]
 
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::net::Shutdown;

@@ -112,6 +112,12 @@ pub fn ask(store: &Store, name: &Name, op: Op) -> Result<Answer> {
     Client::connect(store, name)?.ask(op)
 }
 
+/// Opens a connection to the agent of the machine that is called `name`.
+pub fn agent(name: &str) -> Result<UnixStream> {
+    let name: Name = name.parse()?;
+    Client::connect(&Store::open()?, &name)?.into_guest(agent_protocol::AGENT_PORT)
+}
+
 /// Why the owner of a machine that exists is not reached.
 fn unreachable(store: &Store, name: &Name, error: io::Error) -> anyhow::Error {
     match store.standing(name) {
