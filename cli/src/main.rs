@@ -20,6 +20,8 @@ mod lock;
 mod name;
 mod prepare;
 mod progress;
+#[allow(dead_code, unused_imports)]
+mod record;
 mod resolve;
 mod session;
 #[allow(dead_code, unused_imports)]
