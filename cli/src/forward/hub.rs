@@ -1,55 +1,31 @@
 //! The forwarder's thread: it owns all listeners and the control connection to the agent, waits for them
 //! in one place, and does what is asked of it.
 
-use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use agent::protocol::{DialError, FromForwarder, Target, ToForwarder};
+use agent::protocol::{DialError, FromForwarder, ToForwarder};
 
 use super::announce::{Announce, Announcer};
 use super::auto::{Auto, AutoPublisher};
-use super::dial::{DIAL_PATIENCE, DialDone, Dialed};
+use super::connect::{Connects, LookUp, Outcome, Purpose};
+use super::control::{Agent, Dials};
+use super::datagrams::Datagrams;
+use super::dial::Dialed;
 use super::error::BindError;
-use super::framed::Framed;
 use super::poll::{Poller, Ready, Token};
 use super::ports::PortSet;
 use super::published::{PublishedPorts, host_ports};
+use super::reverse::{Reverses, Wish};
 use super::spec::Publish;
-use super::{Command, Forward, Forwarder, Guest, Kind, Shared, lock};
-
-/// Bytes of messages that may wait for the agent to read them. One that reads nothing is given up.
-const CONTROL_BACKLOG: usize = 1 << 20;
+use super::{Command, Forward, ForwardError, Forwarder, Guest, Kind, Reply, Shared, lock};
 
 /// How often what the guest says about its listeners has an effect at most.
 const LISTENERS_PAUSE: Duration = Duration::from_millis(20);
-
-/// Dials under way at once.
-const MAX_DIALS: usize = 4096;
-
-/// The agent, while it is connected.
-struct Agent {
-    guest: Arc<dyn Guest>,
-    control: Framed,
-    /// Whether room to write is waited for.
-    waiting: bool,
-    /// Why it is of no use any more.
-    lost: Option<io::Error>,
-}
-
-impl Agent {
-    fn tell(&mut self, message: &ToForwarder) {
-        if self.lost.is_none()
-            && let Err(error) = self.control.send(message)
-        {
-            self.lost = Some(error);
-        }
-    }
-}
 
 /// All that the thread owns.
 pub struct Hub {
@@ -65,15 +41,22 @@ pub struct Hub {
     /// The same, newer, until it is due.
     news: Option<PortSet>,
     news_due: Instant,
-    dials: HashMap<u64, DialDone>,
-    dial_deadlines: VecDeque<(Instant, u64)>,
+    dials: Dials,
     published: PublishedPorts,
     auto: AutoPublisher,
+    reverses: Reverses,
+    connects: Connects,
+    datagrams: Datagrams,
 }
 
 impl Hub {
     /// A hub without forwards.
-    pub fn new(commands: Receiver<Command>, wake: OwnedFd, announce: Announce) -> io::Result<Self> {
+    pub fn new(
+        commands: Receiver<Command>,
+        wake: OwnedFd,
+        announce: Announce,
+        look_up: LookUp,
+    ) -> io::Result<Self> {
         let poller = Poller::new()?;
         poller.add(&wake, Token::Wake)?;
         Ok(Self {
@@ -86,10 +69,12 @@ impl Hub {
             guest_ports: PortSet::new(),
             news: None,
             news_due: Instant::now(),
-            dials: HashMap::new(),
-            dial_deadlines: VecDeque::new(),
+            dials: Dials::default(),
             published: PublishedPorts::default(),
             auto: AutoPublisher::new(),
+            reverses: Reverses::default(),
+            connects: Connects::new(look_up),
+            datagrams: Datagrams::new(),
         })
     }
 
@@ -109,18 +94,21 @@ impl Hub {
                 }
             }
             self.expire(Instant::now());
-            self.tend_control();
+            self.datagrams.tend(&self.poller);
+            self.tend_agent();
         }
     }
 
     fn deadline(&self) -> Option<Instant> {
         let news = self.news.is_some().then_some(self.news_due);
-        let dials = self.dial_deadlines.front().map(|(at, _)| *at);
         let all = [
             news,
-            dials,
+            self.dials.deadline(),
             self.published.deadline(),
             self.auto.deadline(),
+            self.reverses.deadline(),
+            self.connects.deadline(),
+            self.datagrams.deadline(),
             self.announcer.deadline(),
         ];
         all.into_iter().flatten().min()
@@ -130,18 +118,15 @@ impl Hub {
         if now >= self.news_due && self.news.is_some() {
             self.follow();
         }
-        while let Some((at, token)) = self.dial_deadlines.front().copied()
-            && at <= now
-        {
-            self.dial_deadlines.pop_front();
-            if let Some(done) = self.dials.remove(&token) {
-                self.tell(&ToForwarder::Drop { token });
-                done(Err(DialError::TimedOut));
-            }
-        }
+        self.dials.expire(now, self.agent.as_mut());
         self.published.expire(now, &self.poller);
         let (published, announcer) = (&mut self.published, &mut self.announcer);
         self.auto.expire(now, published, announcer, &self.poller);
+        self.reverses.expire(now, self.agent.as_mut(), announcer);
+        for outcome in self.connects.expire(now, &self.poller) {
+            self.conclude(Some(outcome));
+        }
+        self.datagrams.expire(now);
         self.announcer.expire(now);
     }
 
@@ -150,13 +135,31 @@ impl Hub {
         match ready.token {
             Token::Wake => return self.obey(),
             Token::Control => self.hear(ready),
-            Token::Host(id, which) => {
-                let guest = self.agent.as_ref().map(|agent| &agent.guest);
-                self.published.accept(id, which, guest, &self.poller);
+            Token::Datagrams => self.datagrams.handle(ready, &self.published, &self.poller),
+            Token::Host(id, which) => self.take(id, which),
+            Token::Connecting(id) => {
+                let outcome = self.connects.ready(id, &self.poller);
+                self.conclude(outcome);
             }
-            Token::Datagrams | Token::Connecting(_) => {}
         }
         true
+    }
+
+    /// Takes what waits at a socket of the host.
+    fn take(&mut self, id: u32, which: u8) {
+        let guest = self.agent.as_ref().map(Agent::guest);
+        let datagrams = self
+            .published
+            .get(id)
+            .is_some_and(|published| published.is_udp());
+        match datagrams {
+            true => {
+                let published = &mut self.published;
+                self.datagrams
+                    .take((id, which), published, guest, &self.poller);
+            }
+            false => self.published.accept(id, which, guest, &self.poller),
+        }
     }
 
     fn obey(&mut self) -> bool {
@@ -179,37 +182,40 @@ impl Hub {
             Command::Publish(publish, reply) => drop(reply.send(self.publish(&publish))),
             Command::Remove(publish, reply) => drop(reply.send(self.remove(&publish))),
             Command::SetAuto(auto) => self.set_auto(auto),
-            Command::List(reply) => drop(reply.send(self.published.list().collect())),
-            Command::Dial { target, done } => self.dial(target, done),
-            Command::Tell(message) => self.tell(&message),
+            Command::Reverse(wish, reply) => self.reverse(wish, Some(reply)),
+            Command::RemoveReverse(reverse, reply) => {
+                let removed = self.reverses.remove(&reverse, self.agent.as_mut());
+                drop(reply.send(removed));
+            }
+            Command::OfferSshAgent(path) => self.reverses.offer(path),
+            Command::LookedUp(id, found) => {
+                let outcome = self.connects.looked_up(id, found, &self.poller);
+                self.conclude(outcome);
+            }
+            Command::List(reply) => {
+                let all = self.published.list().chain(self.reverses.list());
+                drop(reply.send(all.collect()));
+            }
+            Command::Dial { target, done } => self.dials.begin(self.agent.as_mut(), target, done),
+            Command::Tell(message) => {
+                if let Some(agent) = &mut self.agent {
+                    agent.tell(&message);
+                }
+            }
             Command::End => {}
-        }
-    }
-
-    fn tell(&mut self, message: &ToForwarder) {
-        if let Some(agent) = &mut self.agent {
-            agent.tell(message);
         }
     }
 
     fn attach(&mut self, guest: Arc<dyn Guest>, control: UnixStream) {
         self.drop_agent();
-        let control = Framed::new(control, CONTROL_BACKLOG).and_then(|control| {
-            self.poller.add(&control, Token::Control)?;
-            Ok(control)
-        });
-        match control {
-            Ok(control) => {
-                self.agent = Some(Agent {
-                    guest,
-                    control,
-                    waiting: false,
-                    lost: None,
-                });
-                self.tell(&ToForwarder::Watch(true));
+        match Agent::new(guest, control, &self.poller) {
+            Ok(mut agent) => {
+                agent.tell(&ToForwarder::Watch(true));
+                self.reverses.attach(&mut agent);
+                self.agent = Some(agent);
                 self.follow();
             }
-            Err(error) => tracing::error!("the agent cannot be heard: {error}"),
+            Err(error) => tracing::error!("ports are not forwarded: {error}"),
         }
     }
 
@@ -221,30 +227,21 @@ impl Hub {
     /// Forgets the agent and all that hung on it.
     fn drop_agent(&mut self) {
         if let Some(agent) = self.agent.take() {
-            self.poller.remove(&agent.control);
+            agent.close(&self.poller);
         }
         self.news = Some(PortSet::new());
-        self.dial_deadlines.clear();
-        for (_, done) in self.dials.drain() {
-            done(Err(DialError::Other(
-                "the machine's agent has gone".to_owned(),
-            )));
-        }
+        self.dials.fail();
+        self.reverses.detach();
+        self.connects.fail(&self.poller);
+        self.datagrams.close(&self.poller);
     }
 
     /// Sends what waits, and gives up an agent that is of no use any more.
-    fn tend_control(&mut self) {
+    fn tend_agent(&mut self) {
         let Some(agent) = &mut self.agent else {
             return;
         };
-        let waiting = agent.control.is_waiting();
-        if waiting != agent.waiting && agent.lost.is_none() {
-            agent.waiting = waiting;
-            if let Err(error) = self.poller.change(&agent.control, Token::Control, waiting) {
-                agent.lost = Some(error);
-            }
-        }
-        let Some(error) = agent.lost.take() else {
+        let Some(error) = agent.tend(&self.poller) else {
             return;
         };
         match error.kind() {
@@ -256,7 +253,7 @@ impl Hub {
             // An attach that is on its way has another one.
             if current
                 .as_ref()
-                .is_some_and(|guest| Arc::ptr_eq(guest, &agent.guest))
+                .is_some_and(|guest| Arc::ptr_eq(guest, agent.guest()))
             {
                 *current = None;
             }
@@ -264,33 +261,13 @@ impl Hub {
         self.detach();
     }
 
-    /// Reads what the agent has to say.
+    /// Does what the agent has to say.
     fn hear(&mut self, ready: Ready) {
-        let Some(agent) = &mut self.agent else {
-            return;
-        };
-        if ready.writable
-            && let Err(error) = agent.control.flush()
-        {
-            agent.lost = Some(error);
+        if let Some(agent) = &mut self.agent {
+            agent.handle(ready);
         }
-        if !ready.readable || agent.lost.is_some() {
-            return;
-        }
-        match agent.control.fill() {
-            Ok(true) => {}
-            Ok(false) => agent.lost = Some(io::ErrorKind::UnexpectedEof.into()),
-            Err(error) => agent.lost = Some(error),
-        }
-        while let Some(agent) = &mut self.agent {
-            match agent.control.next() {
-                Ok(Some(message)) => self.answer(message),
-                Ok(None) => return,
-                Err(error) => {
-                    agent.lost = Some(error);
-                    return;
-                }
-            }
+        while let Some(message) = self.agent.as_mut().and_then(Agent::next) {
+            self.answer(message);
         }
     }
 
@@ -303,8 +280,24 @@ impl Hub {
                 }
             }
             FromForwarder::Dialed { token, result } => self.dialed(token, result),
-            FromForwarder::Bound { .. } => {}
-            FromForwarder::Accepted { token, .. } => self.tell(&ToForwarder::Drop { token }),
+            FromForwarder::Bound { id, result } => {
+                self.reverses.bound(id, result, &mut self.announcer);
+            }
+            FromForwarder::Accepted { id, token } => {
+                let purpose = Purpose { forward: id, token };
+                let (connects, poller) = (&mut self.connects, &self.poller);
+                let outcome = self.reverses.accepted(purpose, connects, poller);
+                self.conclude(outcome);
+            }
+        }
+    }
+
+    /// Does what is to be done about a connection of the guest, where that is known by now.
+    fn conclude(&mut self, outcome: Option<Outcome>) {
+        if let Some(outcome) = outcome {
+            let announcer = &mut self.announcer;
+            self.reverses
+                .conclude(outcome, self.agent.as_mut(), announcer);
         }
     }
 
@@ -352,6 +345,7 @@ impl Hub {
                 self.auto.exclude(port);
             }
         }
+        self.datagrams.forget(&self.published);
         self.follow();
         removed.iter().map(Forward::from).collect()
     }
@@ -362,43 +356,29 @@ impl Hub {
         self.follow();
     }
 
-    fn dial(&mut self, target: Target, done: DialDone) {
-        if self.agent.is_none() {
-            return done(Err(DialError::Other(
-                "the machine's agent is not up".to_owned(),
-            )));
-        }
-        if self.dials.len() >= MAX_DIALS {
-            return done(Err(DialError::Other(format!(
-                "{MAX_DIALS} dials are under way"
-            ))));
-        }
-        let token = match fresh_token() {
-            Ok(token) if !self.dials.contains_key(&token) => token,
-            Ok(_) => return done(Err(DialError::Other("random numbers repeat".to_owned()))),
-            Err(error) => return done(Err(DialError::Other(error.to_string()))),
-        };
-        self.dials.insert(token, done);
-        self.dial_deadlines
-            .push_back((Instant::now() + DIAL_PATIENCE, token));
-        self.tell(&ToForwarder::Dial { token, target });
+    /// Lets the guest reach something of the host, when there is an agent.
+    pub fn declare(&mut self, wish: Wish) -> Result<Forward, ForwardError> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.reverse(wish, Some(reply));
+        answer.try_recv().map_err(|_| ForwardError::Ended)?
+    }
+
+    /// Lets the guest reach something of the host.
+    fn reverse(&mut self, wish: Wish, reply: Option<Reply<Result<Forward, ForwardError>>>) {
+        self.reverses.add(wish, reply, self.agent.as_mut());
     }
 
     fn dialed(&mut self, token: u64, result: Result<(), DialError>) {
-        let Some(done) = self.dials.remove(&token) else {
+        let Some(done) = self.dials.take(token) else {
             // Given up already; what is held for it is not needed.
-            return self.tell(&ToForwarder::Drop { token });
-        };
-        // Without handles nobody is left to use it.
-        let Some(shared) = self.shared.upgrade() else {
+            if let Some(agent) = &mut self.agent {
+                agent.tell(&ToForwarder::Drop { token });
+            }
             return;
         };
-        done(result.map(|()| Dialed::new(token, Forwarder { shared })));
+        // Without handles nobody is left to use it.
+        if let Some(shared) = self.shared.upgrade() {
+            done(result.map(|()| Dialed::new(token, Forwarder { shared })));
+        }
     }
-}
-
-fn fresh_token() -> io::Result<u64> {
-    let mut token = [0; 8];
-    rustix::rand::getrandom(&mut token, rustix::rand::GetRandomFlags::empty())?;
-    Ok(u64::from_ne_bytes(token))
 }

@@ -24,19 +24,25 @@
 
 mod announce;
 mod auto;
+mod connect;
+mod control;
+mod datagrams;
 mod dial;
 mod error;
 mod framed;
 mod hub;
 mod listener;
+mod names;
 mod occupant;
 mod poll;
 mod ports;
 pub mod proxy;
 mod published;
+mod reverse;
 pub mod spec;
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -55,6 +61,7 @@ pub use self::dial::{DialDone, Dialed};
 use self::error::BindError;
 pub use self::error::ForwardError;
 use self::hub::Hub;
+use self::reverse::Wish;
 use self::spec::{Protocol, Publish, Reverse};
 use crate::link::Link;
 
@@ -156,8 +163,16 @@ enum Command {
     Publish(Publish, Reply<Result<Vec<Forward>, BindError>>),
     Remove(Publish, Reply<Vec<Forward>>),
     SetAuto(Option<Auto>),
+    Reverse(Wish, Reply<Result<Forward, ForwardError>>),
+    RemoveReverse(Reverse, Reply<Option<Forward>>),
+    OfferSshAgent(PathBuf),
+    /// The addresses of a name, for the connection with this number.
+    LookedUp(u32, io::Result<Vec<IpAddr>>),
     List(Reply<Vec<Forward>>),
-    Dial { target: Target, done: DialDone },
+    Dial {
+        target: Target,
+        done: DialDone,
+    },
     Tell(ToForwarder),
     End,
 }
@@ -172,9 +187,15 @@ impl Forwarder {
         let wake =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from)?;
         let (commands, receiver) = mpsc::channel();
-        let mut hub = Hub::new(receiver, wake.try_clone()?, Box::new(announce))?;
+        let look_up = names::in_threads(commands.clone(), wake.try_clone()?)?;
+        let mut hub = Hub::new(receiver, wake.try_clone()?, Box::new(announce), look_up)?;
         for publish in &declarations.publish {
             hub.publish(publish).map_err(BindError::explain)?;
+        }
+        let listed = declarations.reverse.into_iter().map(Wish::Listed);
+        let ssh_agent = declarations.ssh_agent.into_iter().map(Wish::SshAgent);
+        for wish in listed.chain(ssh_agent) {
+            hub.declare(wish)?;
         }
         hub.set_auto(declarations.auto);
         let shared = Arc::new(Shared {
@@ -238,6 +259,25 @@ impl Forwarder {
     pub fn set_auto(&self, auto: Option<Auto>) -> Result<(), ForwardError> {
         self.send(Command::SetAuto(auto))
             .map_err(|_| ForwardError::Ended)
+    }
+
+    /// Lets the guest reach something of the host. Where the agent is up this waits until the guest
+    /// listens, and fails where it cannot.
+    pub fn reverse(&self, reverse: &Reverse) -> Result<Forward, ForwardError> {
+        self.ask(|reply| Command::Reverse(Wish::Listed(reverse.clone()), reply))?
+    }
+
+    /// Takes it away; connections that run go on.
+    pub fn remove_reverse(&self, reverse: &Reverse) -> Result<Forward, ForwardError> {
+        let removed = self.ask(|reply| Command::RemoveReverse(reverse.clone(), reply))?;
+        removed.ok_or_else(|| ForwardError::NoSuchForward(reverse.to_string()))
+    }
+
+    /// Says where the SSH agent of a user of the machine listens: SSH_AUTH_SOCK, an absolute path. The one
+    /// that was offered last and answers is what the guest reaches.
+    pub fn offer_ssh_agent(&self, path: impl Into<PathBuf>) {
+        // Where the machine has ended, nobody needs it.
+        let _ = self.send(Command::OfferSshAgent(path.into()));
     }
 
     /// All forwards there are.

@@ -56,6 +56,11 @@ impl Published {
         self.connections = self.connections.saturating_add(1);
     }
 
+    /// Whether it carries datagrams.
+    pub fn is_udp(&self) -> bool {
+        self.rule.protocol == Protocol::Udp
+    }
+
     /// Whether it was published because the guest listens.
     pub fn is_auto(&self) -> bool {
         self.kind == Kind::Auto
