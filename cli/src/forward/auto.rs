@@ -8,9 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::announce::{Announcement, Announcer, url};
 use super::poll::Poller;
 use super::ports::PortSet;
-use super::published::PublishedPorts;
+use super::published::{Published, PublishedPorts};
 use super::spec::PortRange;
-use super::{Forward, Kind};
 
 /// Ports published at once: each takes descriptors, and a guest can listen at all of them.
 const MAX_PUBLISHED: usize = 1024;
@@ -62,15 +61,15 @@ impl AutoPublisher {
         }
     }
 
-    /// Brings what is published in line with what listens in the guest.
+    /// Brings what is published in line with what listens in the guest; returns what is to be said of
+    /// it once that listens, too.
     pub fn follow(
         &mut self,
         guest: &PortSet,
         published: &mut PublishedPorts,
-        announcer: &mut Announcer,
         poller: &Poller,
-    ) {
-        self.withdraw_unwanted(published, announcer, poller);
+    ) -> Vec<Announcement> {
+        let mut news = self.withdraw_unwanted(published, poller);
         let now = Instant::now();
         let mut count = 0;
         let mut have = PortSet::new();
@@ -95,15 +94,17 @@ impl AutoPublisher {
             }
             if count >= MAX_PUBLISHED {
                 self.skipped.insert(port);
-                announcer.say(Announcement::NotPublished(format!(
-                    "guest port {port} is not published: {MAX_PUBLISHED} are already"
-                )));
+                let sentence = format!("guest port {port} is not published: {count} are already");
+                news.push(Announcement::NotPublished(sentence));
                 continue;
             }
-            if self.publish(port, published, announcer, poller) {
+            let said = self.publish(port, published, poller);
+            if let Announcement::Published { .. } = said {
                 count += 1;
             }
+            news.push(said);
         }
+        news
     }
 
     /// When something is to be withdrawn.
@@ -133,7 +134,7 @@ impl AutoPublisher {
             one.is_auto() && one.guest_port().is_some_and(|port| due.contains(port))
         });
         for one in &gone {
-            withdrawn(one.into(), announcer);
+            announcer.say(withdrawn(one));
         }
     }
 
@@ -146,59 +147,51 @@ impl AutoPublisher {
     fn withdraw_unwanted(
         &mut self,
         published: &mut PublishedPorts,
-        announcer: &mut Announcer,
         poller: &Poller,
-    ) {
+    ) -> Vec<Announcement> {
+        let unwanted = |port| !self.is_wanted(port);
         let gone = published.remove(poller, |one| {
-            one.is_auto() && one.guest_port().is_none_or(|port| !self.is_wanted(port))
+            one.is_auto() && one.guest_port().is_none_or(unwanted)
         });
         for one in &gone {
             if let Some(port) = one.guest_port() {
                 self.going.remove(&port);
             }
-            withdrawn(one.into(), announcer);
         }
+        gone.iter().map(withdrawn).collect()
     }
 
-    /// Whether `port` is published now.
     fn publish(
         &mut self,
         port: u16,
         published: &mut PublishedPorts,
-        announcer: &mut Announcer,
         poller: &Poller,
-    ) -> bool {
+    ) -> Announcement {
         let before = self.before.get(&port).copied().unwrap_or(port);
         let bound = PublishedPorts::bind_auto(port, before).map_err(|error| error.source);
         let inserted = bound.and_then(|bound| {
-            let host = bound.port();
-            Ok((host, published.insert(bound, poller)?))
+            self.before.insert(port, bound.port());
+            published.insert(bound, poller)
         });
         match inserted {
-            Ok((host, forward)) => {
-                self.before.insert(port, host);
-                announcer.say(Announcement::Published {
-                    url: url(&forward.host),
-                    guest: port,
-                });
-                true
-            }
+            Ok(forward) => Announcement::Published {
+                url: url(&forward.host),
+                guest: port,
+            },
             Err(error) => {
                 // Not tried again with each change that the guest makes.
                 self.skipped.insert(port);
-                announcer.say(Announcement::NotPublished(format!(
+                Announcement::NotPublished(format!(
                     "guest port {port} is not published: no host port can be taken for it: {error}"
-                )));
-                false
+                ))
             }
         }
     }
 }
 
-fn withdrawn(forward: Forward, announcer: &mut Announcer) {
-    debug_assert_eq!(forward.kind, Kind::Auto);
-    announcer.say(Announcement::Withdrawn {
-        url: url(&forward.host),
-        guest: forward.guest.parse().unwrap_or(0),
-    });
+fn withdrawn(one: &Published) -> Announcement {
+    Announcement::Withdrawn {
+        url: url(&one.host()),
+        guest: one.guest_port().unwrap_or_default(),
+    }
 }

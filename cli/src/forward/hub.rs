@@ -88,10 +88,16 @@ impl Hub {
                     return;
                 }
             };
+            // First what this process asks for: what the guest does may have come of it.
+            if ready.iter().any(|ready| ready.token == Token::Wake) {
+                // It only counts, and is to be empty before the channel is.
+                let _ = rustix::io::read(&self.wake, &mut [0; 8]);
+            }
+            if !self.obey() {
+                return;
+            }
             for ready in ready {
-                if !self.handle(ready) {
-                    return;
-                }
+                self.handle(ready);
             }
             self.expire(Instant::now());
             self.datagrams.tend(&self.poller);
@@ -130,10 +136,9 @@ impl Hub {
         self.announcer.expire(now);
     }
 
-    /// False when it is time to end.
-    fn handle(&mut self, ready: Ready) -> bool {
+    fn handle(&mut self, ready: Ready) {
         match ready.token {
-            Token::Wake => return self.obey(),
+            Token::Wake => {}
             Token::Control => self.hear(ready),
             Token::Datagrams => self.datagrams.handle(ready, &self.published, &self.poller),
             Token::Host(id, which) => self.take(id, which),
@@ -142,7 +147,6 @@ impl Hub {
                 self.conclude(outcome);
             }
         }
-        true
     }
 
     /// Takes what waits at a socket of the host.
@@ -162,10 +166,8 @@ impl Hub {
         }
     }
 
+    /// Carries out all that is asked for; false when it is time to end.
     fn obey(&mut self) -> bool {
-        let mut count = [0; 8];
-        // It only counts; what is to be done is in the channel.
-        let _ = rustix::io::read(&self.wake, &mut count);
         loop {
             match self.commands.try_recv() {
                 Ok(Command::End) | Err(TryRecvError::Disconnected) => return false,
@@ -307,11 +309,13 @@ impl Hub {
             self.guest_ports = news;
             self.news_due = Instant::now() + LISTENERS_PAUSE;
         }
-        let (published, announcer) = (&mut self.published, &mut self.announcer);
-        self.auto
-            .follow(&self.guest_ports, published, announcer, &self.poller);
+        let published = &mut self.published;
+        let news = self.auto.follow(&self.guest_ports, published, &self.poller);
         let ports = self.agent.is_some().then_some(&self.guest_ports);
-        self.published.follow(ports, &self.poller);
+        published.follow(ports, &self.poller);
+        for announcement in news {
+            self.announcer.say(announcement);
+        }
     }
 
     /// Publishes all that is asked for, or nothing.
@@ -339,7 +343,8 @@ impl Hub {
     }
 
     fn remove(&mut self, publish: &Publish) -> Vec<Forward> {
-        let removed = self.published.remove_meant(publish, &self.poller);
+        let guest = self.agent.as_ref().map(Agent::guest);
+        let removed = self.published.remove_meant(publish, guest, &self.poller);
         for one in &removed {
             if let (true, Some(port)) = (one.is_auto(), one.guest_port()) {
                 self.auto.exclude(port);

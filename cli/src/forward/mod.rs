@@ -362,3 +362,6 @@ fn frame<T: Serialize>(message: &T) -> io::Result<Vec<u8>> {
     debug_assert!(frame.len() <= MAX_FRAME + 4);
     Ok(frame)
 }
+
+#[cfg(test)]
+mod tests;

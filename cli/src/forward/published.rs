@@ -211,28 +211,44 @@ impl PublishedPorts {
     ) -> Vec<Published> {
         let of_chosen = |(id, published): (&u32, &Published)| chosen(published).then_some(*id);
         let ids: Vec<_> = self.all.iter().filter_map(of_chosen).collect();
-        let removed: Vec<_> = ids.iter().filter_map(|id| self.all.remove(id)).collect();
-        for published in &removed {
+        self.take(&ids, poller)
+    }
+
+    /// Takes away what `publish` means. Connections that were made go on, also those that wait for being
+    /// accepted.
+    pub fn remove_meant(
+        &mut self,
+        publish: &Publish,
+        guest: Option<&Arc<dyn Guest>>,
+        poller: &Poller,
+    ) -> Vec<Published> {
+        let wanted = publish.rules();
+        let find = |meant: fn(&Published, &Rule) -> bool| -> Vec<u32> {
+            let is_meant = |one: &Published| wanted.iter().any(|rule| meant(one, rule));
+            let found = self.all.iter().filter(|(_, one)| is_meant(one));
+            found.map(|(id, _)| *id).collect()
+        };
+        let mut ids = find(Published::is_meant);
+        if ids.is_empty() {
+            ids = find(Published::is_meant_by_host);
+        }
+        for id in &ids {
+            let sockets = self.all.get(id).map_or(0, |one| one.sockets.len());
+            for which in (0..=u8::MAX).take(sockets) {
+                self.accept(*id, which, guest, poller);
+            }
+        }
+        self.take(&ids, poller)
+    }
+
+    fn take(&mut self, ids: &[u32], poller: &Poller) -> Vec<Published> {
+        let taken: Vec<_> = ids.iter().filter_map(|id| self.all.remove(id)).collect();
+        for published in &taken {
             for socket in &published.sockets {
                 poller.remove(socket);
             }
         }
-        removed
-    }
-
-    /// Takes away what `publish` means.
-    pub fn remove_meant(&mut self, publish: &Publish, poller: &Poller) -> Vec<Published> {
-        let wanted = publish.rules();
-        let any = |published: &Published, meant: fn(&Published, &Rule) -> bool| {
-            wanted.iter().any(|rule| meant(published, rule))
-        };
-        let removed = self.remove(poller, |published| any(published, Published::is_meant));
-        match removed.is_empty() {
-            true => self.remove(poller, |published| {
-                any(published, Published::is_meant_by_host)
-            }),
-            false => removed,
-        }
+        taken
     }
 
     /// Lets those TCP ports listen behind which the guest answers, and no others; without a guest none.

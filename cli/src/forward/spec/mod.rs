@@ -1,14 +1,20 @@
 //! The grammar of published ports (`-p`) and reverse forwards (`-R`): what was typed, checked, and
 //! written back in the same grammar for listing and storing.
 
+mod publish;
+mod reverse;
+
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use agent::protocol::{Bind, Target};
+use agent::protocol::Target;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+pub use self::publish::{Publish, Rule};
+pub use self::reverse::{HostTarget, Reverse};
 
 /// The longest path of a Unix socket: `sun_path` of unix(7) without its terminating zero.
 const MAX_SOCKET_PATH: usize = 107;
@@ -62,9 +68,6 @@ pub enum SpecError {
     #[error("it is not of the form {0} (IPv6 addresses stand in brackets, as in [::1])")]
     Form(&'static str),
 }
-
-const PUBLISH_FORM: &str = "[[IP:]HOST:]GUEST[/udp]";
-const REVERSE_FORM: &str = "[GUEST_IP:]GUEST:HOST[:PORT]";
 
 /// What a published port carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -172,184 +175,6 @@ impl GuestEnd {
     }
 }
 
-/// One host end and what of the guest answers there.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Rule {
-    /// Where the host listens.
-    pub host: HostEnd,
-    /// Where the guest does.
-    pub guest: GuestEnd,
-    /// What is carried.
-    pub protocol: Protocol,
-}
-
-/// What one `-p` asks for: `[[IP:]HOST:]GUEST[/udp]`.
-///
-/// HOST and GUEST are ports, ranges of the same length, or paths of Unix sockets; without HOST the host
-/// port is one that is free.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Publish {
-    host: Ends,
-    guest: Ends,
-    protocol: Protocol,
-}
-
-/// One side of a [`Publish`].
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-enum Ends {
-    /// None: any port that is free, on the host only.
-    Ports(Option<IpAddr>, Option<PortRange>),
-    Unix(PathBuf),
-}
-
-impl Publish {
-    /// One rule for each port.
-    pub fn rules(&self) -> Vec<Rule> {
-        let rule = |host, guest| Rule {
-            host,
-            guest,
-            protocol: self.protocol,
-        };
-        let guests: Vec<GuestEnd> = match &self.guest {
-            Ends::Ports(_, ports) => {
-                let ports = ports.iter().flat_map(|ports| ports.ports());
-                ports.map(GuestEnd::Port).collect()
-            }
-            Ends::Unix(path) => vec![GuestEnd::Unix(path.clone())],
-        };
-        match &self.host {
-            Ends::Unix(path) => guests
-                .into_iter()
-                .map(|guest| rule(HostEnd::Unix(path.clone()), guest))
-                .collect(),
-            Ends::Ports(address, ports) => {
-                let mut ports = ports.iter().flat_map(|ports| ports.ports());
-                let end = |port| HostEnd::Port {
-                    address: *address,
-                    port,
-                };
-                guests
-                    .into_iter()
-                    .map(|guest| rule(end(ports.next()), guest))
-                    .collect()
-            }
-        }
-    }
-
-    /// Whether others than this host's own programs can reach it.
-    pub fn is_wide(&self) -> bool {
-        matches!(&self.host, Ends::Ports(Some(address), _) if !address.is_loopback())
-    }
-}
-
-impl FromStr for Publish {
-    type Err = SpecError;
-
-    fn from_str(text: &str) -> Result<Self, SpecError> {
-        if text.trim().is_empty() {
-            return Err(SpecError::Empty);
-        }
-        let (text, protocol) = split_protocol(text);
-        let pieces = pieces(text, PUBLISH_FORM)?;
-        let (address, host, guest) = match pieces.as_slice() {
-            [guest] => (None, None, *guest),
-            [host, guest] => (None, Some(*host), *guest),
-            [address, host, guest] => (listen_address(address)?, Some(*host), *guest),
-            _ => return Err(SpecError::Form(PUBLISH_FORM)),
-        };
-        let guest = guest_ends(guest)?;
-        let host = match host {
-            Some(path) if path.contains('/') => match pieces.len() {
-                2 => Ends::Unix(host_path(path)?),
-                _ => return Err(SpecError::Form(PUBLISH_FORM)),
-            },
-            // `IP::GUEST`: a free port of that address.
-            Some("") if pieces.len() == 3 => Ends::Ports(address, None),
-            Some(ports) => Ends::Ports(address, Some(ports.parse()?)),
-            None => Ends::Ports(None, None),
-        };
-        check_ends(&host, &guest, protocol)?;
-        Ok(Self {
-            host,
-            guest,
-            protocol,
-        })
-    }
-}
-
-/// The suffix, where the last part is not a path.
-fn split_protocol(text: &str) -> (&str, Protocol) {
-    for (suffix, protocol) in [("/udp", Protocol::Udp), ("/tcp", Protocol::Tcp)] {
-        if let Some(rest) = text.strip_suffix(suffix)
-            && rest
-                .rsplit(':')
-                .next()
-                .is_some_and(|last| !last.is_empty() && !last.contains('/'))
-        {
-            return (rest, protocol);
-        }
-    }
-    (text, Protocol::Tcp)
-}
-
-fn guest_ends(text: &str) -> Result<Ends, SpecError> {
-    match text.split_once('/') {
-        None => Ok(Ends::Ports(None, Some(text.parse()?))),
-        Some((ports, protocol)) if ports.starts_with(|c: char| c.is_ascii_digit()) => {
-            Err(SpecError::Protocol(protocol.to_owned()))
-        }
-        Some(_) => Ok(Ends::Unix(guest_path(text)?)),
-    }
-}
-
-fn check_ends(host: &Ends, guest: &Ends, protocol: Protocol) -> Result<(), SpecError> {
-    let count = |ends: &Ends| match ends {
-        Ends::Ports(_, ports) => ports.map(PortRange::count),
-        Ends::Unix(_) => Some(1),
-    };
-    let is_path = |ends: &Ends| matches!(ends, Ends::Unix(_));
-    if protocol == Protocol::Udp && (is_path(host) || is_path(guest)) {
-        return Err(SpecError::DatagramsAtPath);
-    }
-    match (count(host), count(guest)) {
-        (Some(host), Some(guest)) if host != guest => Err(SpecError::Unequal { host, guest }),
-        // A free port is picked to be like the guest's, and a path is not like any port.
-        (None, _) if is_path(guest) => Err(SpecError::Form("HOST:/GUEST/PATH")),
-        _ => Ok(()),
-    }
-}
-
-impl fmt::Display for Publish {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.host {
-            Ends::Unix(path) => write!(f, "{}:", path.display())?,
-            Ends::Ports(address, ports) => {
-                if let Some(address) = address {
-                    write!(f, "{}:", Bracketed(*address))?;
-                }
-                match ports {
-                    Some(ports) => write!(f, "{ports}:")?,
-                    None if address.is_some() => f.write_str(":")?,
-                    None => {}
-                }
-            }
-        }
-        match &self.guest {
-            Ends::Unix(path) => write!(f, "{}", path.display())?,
-            Ends::Ports(_, ports) => {
-                if let Some(ports) = ports {
-                    write!(f, "{ports}")?;
-                }
-            }
-        }
-        match self.protocol {
-            Protocol::Tcp => Ok(()),
-            Protocol::Udp => f.write_str("/udp"),
-        }
-    }
-}
-
 /// Where the host listens for `address`: a loopback address stands for that of both families, and so does
 /// an unspecified one.
 pub fn addresses(address: Option<IpAddr>) -> Vec<IpAddr> {
@@ -366,123 +191,6 @@ pub fn addresses(address: Option<IpAddr>) -> Vec<IpAddr> {
             std::iter::once(written).chain(other).collect()
         }
     }
-}
-
-/// What one `-R` asks for: `[GUEST_IP:]GUEST:HOST[:PORT]`.
-///
-/// GUEST is a port or the path of a Unix socket; HOST is a host name or address (PORT is the guest's
-/// where it is left out), the path of a Unix socket, or only a port, which is then one of localhost.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Reverse {
-    at: GuestEnd,
-    address: Option<IpAddr>,
-    target: HostTarget,
-}
-
-/// Something on the host that the guest is let reach.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum HostTarget {
-    /// A host as this one resolves and routes it.
-    Host {
-        /// A name or an address, without brackets.
-        host: String,
-        /// Its port.
-        port: u16,
-    },
-    /// A Unix socket at this absolute path.
-    Unix(PathBuf),
-}
-
-impl Reverse {
-    /// Where the guest's programs connect to.
-    pub fn at(&self) -> Bind {
-        match &self.at {
-            GuestEnd::Port(port) => Bind::Tcp {
-                address: self.address,
-                port: *port,
-            },
-            GuestEnd::Unix(path) => Bind::Unix(path_bytes(path)),
-        }
-    }
-
-    /// What they reach.
-    pub fn target(&self) -> &HostTarget {
-        &self.target
-    }
-}
-
-impl FromStr for Reverse {
-    type Err = SpecError;
-
-    fn from_str(text: &str) -> Result<Self, SpecError> {
-        if text.trim().is_empty() {
-            return Err(SpecError::Empty);
-        }
-        let pieces = pieces(text, REVERSE_FORM)?;
-        let (address, at, target) = match pieces.as_slice() {
-            [at, target @ ..] if is_guest_end(at) => (None, *at, target),
-            [address, at, target @ ..] => (listen_address(address)?, *at, target),
-            _ => return Err(SpecError::Form(REVERSE_FORM)),
-        };
-        let at = match at.contains('/') {
-            true if address.is_some() => return Err(SpecError::Form(REVERSE_FORM)),
-            true => GuestEnd::Unix(guest_path(at)?),
-            false => GuestEnd::Port(port(at)?),
-        };
-        let target = match target {
-            [path] if path.contains('/') => HostTarget::Unix(host_path(path)?),
-            [number] if is_number(number) => HostTarget::Host {
-                host: "localhost".to_owned(),
-                port: port(number)?,
-            },
-            [name] => match at {
-                GuestEnd::Port(port) => HostTarget::Host {
-                    host: host_name(name)?,
-                    port,
-                },
-                GuestEnd::Unix(_) => return Err(SpecError::Form("/GUEST/PATH:HOST:PORT")),
-            },
-            [name, number] => HostTarget::Host {
-                host: host_name(name)?,
-                port: port(number)?,
-            },
-            _ => return Err(SpecError::Form(REVERSE_FORM)),
-        };
-        Ok(Self {
-            at,
-            address,
-            target,
-        })
-    }
-}
-
-impl fmt::Display for Reverse {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(address) = self.address {
-            write!(f, "{}:", Bracketed(address))?;
-        }
-        match &self.at {
-            GuestEnd::Port(port) => write!(f, "{port}:")?,
-            GuestEnd::Unix(path) => write!(f, "{}:", path.display())?,
-        }
-        write!(f, "{}", self.target)
-    }
-}
-
-impl fmt::Display for HostTarget {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Host { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
-            Self::Host { host, port } => write!(f, "{host}:{port}"),
-            Self::Unix(path) => write!(f, "{}", path.display()),
-        }
-    }
-}
-
-/// Whether the first part of a reverse forward is a guest's port or path, and not an address.
-fn is_guest_end(text: &str) -> bool {
-    text.contains('/') || is_number(text)
 }
 
 fn is_number(text: &str) -> bool {
@@ -637,5 +345,4 @@ macro_rules! stored_as_typed {
 stored_as_typed!(PortRange, Publish, Reverse);
 
 #[cfg(test)]
-#[path = "spec_tests.rs"]
 mod tests;

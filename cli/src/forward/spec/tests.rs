@@ -1,5 +1,6 @@
 //! What may be typed, what it means, and what is refused.
 
+use agent::protocol::Bind;
 use proptest::prelude::*;
 
 use super::*;
