@@ -30,6 +30,10 @@ const LARGE_FUNCTIONS: &[(&str, &str, &str)] = &[];
 const UNSAFE_FILES: &[(&str, &str)] = &[
     ("agent/src/console.rs", "dup2 onto its own standard streams"),
     ("agent/src/entropy.rs", "an ioctl of the entropy pool"),
+    (
+        "agent/src/forward/flow.rs",
+        "a socket option that nobody has a safe call for",
+    ),
     ("agent/src/init.rs", "fork while there is one thread"),
     ("agent/src/loopback.rs", "ioctls of a network interface"),
     (

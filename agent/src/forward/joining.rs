@@ -172,6 +172,10 @@ impl Reactor {
     pub(super) fn resolved(&mut self, index: Index, question: u64, answer: Answer) {
         let resolving = match self.states.take(index) {
             Some(State::Resolving(resolving)) if resolving.question == question => *resolving,
+            Some(State::Carrier(mut carrier)) => {
+                carrier.resolved(question, answer);
+                return self.states.put(index, State::Carrier(carrier));
+            }
             another => {
                 if let Some(another) = another {
                     self.states.put(index, another);

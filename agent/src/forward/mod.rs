@@ -8,13 +8,15 @@
 //! - [`control`]: what the host asks for on the connection that controls forwards, with [`listen`] for
 //!   connections that begin in the guest;
 //! - [`watch`]: the guest's listening sockets, reported as they come and go ([`sock_diag`], [`tracepoint`]);
-//! - [`datagram`]: datagrams and their flows.
+//! - [`datagram`], [`flow`]: datagrams and their flows.
 //!
 //! Data structures belong to the one thread; others speak to it through a [`Handle`].
 
 mod control;
+mod datagram;
 mod dial;
 mod dns;
+mod flow;
 mod frames;
 mod greeting;
 mod handle;

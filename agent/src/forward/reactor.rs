@@ -15,6 +15,7 @@ use agent::protocol::{FromForwarder, Open};
 use anyhow::{Context, Result};
 
 use super::control::{Control, Owner};
+use super::datagram::Carrier;
 use super::greeting::{Greeting, Heard};
 use super::handle::{Handle, Message};
 use super::joining::{Dial, Held, Resolving};
@@ -84,6 +85,7 @@ pub(super) enum State {
     Control(Box<Control>),
     Listening(Box<Listening>),
     Watch(Box<Watch>),
+    Carrier(Box<Carrier>),
 }
 
 impl Reactor {
@@ -191,6 +193,7 @@ impl Reactor {
             State::Control(control) => self.obey(index, control),
             State::Listening(listening) => Some(self.accept(index, listening)),
             State::Watch(watch) => Some(self.turn_watch(index, watch)),
+            State::Carrier(carrier) => self.carry(index, carrier),
             waiting @ (State::Resolving(_) | State::Held(_) | State::Pair(_)) => Some(waiting),
         };
         match next {
@@ -292,8 +295,7 @@ impl Reactor {
                 None
             }
             Open::Forward => Some(self.control(index, connection)),
-            // Closed without an answer, which is a reset.
-            Open::Datagrams => None,
+            Open::Datagrams => self.carrier(index, connection),
             open => {
                 match self.release(&connection) {
                     Ok(()) => (self.hand_on)(Connection::new(connection), open),
@@ -323,7 +325,7 @@ impl Reactor {
                 continue;
             }
             match state {
-                State::Door(..) | State::Listening(_) | State::Watch(_) => {
+                State::Door(..) | State::Listening(_) | State::Watch(_) | State::Carrier(_) => {
                     self.states.enqueue(index);
                 }
                 State::Resolving(_) | State::Dialing(_) | State::Held(_) => {
@@ -359,6 +361,7 @@ impl State {
             Self::Held(held) => Some(held.deadline),
             Self::Listening(listening) => listening.paused,
             Self::Watch(watch) => watch.next,
+            Self::Carrier(carrier) => carrier.sweep,
             Self::Pair(_) | Self::Control(_) => None,
         }
     }

@@ -70,6 +70,12 @@ impl<T> Slots<T> {
         self.free.push(index);
     }
 
+    /// How many entries there are for which `is_meant` holds.
+    pub fn count(&self, is_meant: impl Fn(&T) -> bool) -> usize {
+        let entries = self.slots.iter().filter_map(|slot| slot.entry.as_ref());
+        entries.filter(|entry| is_meant(entry)).count()
+    }
+
     /// Takes all entries for which `is_meant` holds, and frees their numbers.
     pub fn drain(&mut self, mut is_meant: impl FnMut(&mut T) -> bool) -> Vec<T> {
         let mut drained = Vec::new();

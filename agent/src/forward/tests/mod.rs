@@ -1,6 +1,7 @@
 //! The reactor from outside: Unix sockets stand for vsock, this machine's loopback for the guest's.
 
 mod control;
+mod datagram;
 mod join;
 mod name;
 mod watch;

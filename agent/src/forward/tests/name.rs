@@ -20,9 +20,14 @@ const V6: &str = "2001:db8::7";
 
 /// Answers for ever what `answer` makes of each packet: any number of packets, and for TCP the first of them.
 fn serve(answer: fn(&[u8], bool) -> Vec<Vec<u8>>) -> SocketAddr {
-    let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+    // A port that is free for TCP need not be free for UDP.
+    let both = || {
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        let udp = UdpSocket::bind(tcp.local_addr().unwrap()).ok()?;
+        Some((tcp, udp))
+    };
+    let (tcp, udp) = std::iter::repeat_with(both).flatten().next().unwrap();
     let address = tcp.local_addr().unwrap();
-    let udp = UdpSocket::bind(address).unwrap();
     thread::spawn(move || {
         let mut query = [0; 512];
         loop {
