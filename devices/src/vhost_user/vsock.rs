@@ -198,8 +198,8 @@ impl Inner {
         let runs = |vring: &VringState<Memory>| vring.is_enabled() && vring.get_queue().ready();
         let memory = match &self.memory {
             Some(memory) if !self.broken && runs(&rx) && runs(&tx) => memory.memory(),
-            // The driver has not started: commands are taken in, and wait for it as connections.
-            _ => return self.mux.idle(),
+            // The driver has not started: what the host asked for waits for it as connections.
+            _ => return,
         };
         let (mut signal_rx, mut signal_tx) = (false, false);
         let result =
@@ -284,12 +284,16 @@ impl VhostUserBackend for Backend {
 
     fn handle_event(
         &self,
-        _device_event: u16,
+        device_event: u16,
         _events: EventSet,
         vrings: &[Self::Vring],
         _thread_id: usize,
     ) -> io::Result<()> {
-        lock(&self.inner).turn(vrings);
+        let mut inner = lock(&self.inner);
+        if u64::from(device_event) == MUX_EVENT {
+            inner.mux.look_at_host();
+        }
+        inner.turn(vrings);
         Ok(())
     }
 }

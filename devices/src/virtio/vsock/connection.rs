@@ -13,10 +13,9 @@ use super::credit::Credit;
 use super::handle::Completion;
 use super::linger::LastWords;
 use super::packet::{
-    GuestIoVec, Header, VIRTIO_VSOCK_OP_CREDIT_REQUEST, VIRTIO_VSOCK_OP_CREDIT_UPDATE,
-    VIRTIO_VSOCK_OP_REQUEST, VIRTIO_VSOCK_OP_RESPONSE, VIRTIO_VSOCK_OP_SHUTDOWN,
-    VIRTIO_VSOCK_SHUTDOWN_BOTH, VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE, VIRTIO_VSOCK_SHUTDOWN_F_SEND,
-    VIRTIO_VSOCK_TYPE_STREAM,
+    Header, VIRTIO_VSOCK_OP_CREDIT_REQUEST, VIRTIO_VSOCK_OP_CREDIT_UPDATE, VIRTIO_VSOCK_OP_REQUEST,
+    VIRTIO_VSOCK_OP_RESPONSE, VIRTIO_VSOCK_OP_SHUTDOWN, VIRTIO_VSOCK_SHUTDOWN_BOTH,
+    VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE, VIRTIO_VSOCK_SHUTDOWN_F_SEND, VIRTIO_VSOCK_TYPE_STREAM,
 };
 use super::stream::HostStream;
 use super::{HOST_CID, mux::table::Key};
@@ -163,10 +162,20 @@ impl Connection {
         Ok(())
     }
 
+    /// Whether data from the guest goes through as fast as it comes, and so fast that the guest
+    /// has to be told of free room.
+    pub fn is_flowing(&self) -> bool {
+        self.backlog.is_empty() && self.pending.credit_update
+    }
+
+    /// Gives the guest more credit.
+    pub fn grow(&mut self, buf_alloc: u32) {
+        self.credit.grow(buf_alloc);
+        self.pending.credit_update = true;
+    }
+
     fn write_through(&mut self, data: &[VolatileSlice<'_>]) -> usize {
-        let mut pieces = GuestIoVec::default();
-        data.iter().for_each(|piece| pieces.push(*piece));
-        match self.stream.write_guest(&pieces) {
+        match self.stream.write_guest(data) {
             Ok(taken) => taken,
             Err(error) if error.kind() == ErrorKind::WouldBlock => 0,
             Err(_) => {

@@ -7,6 +7,8 @@ use crate::counter;
 /// Running totals of one device. They survive a device reset.
 #[derive(Debug, Default)]
 pub struct Counters {
+    /// Times that the device's thread looked for something to do.
+    pub turns: AtomicU64,
     /// Packets taken from the guest, malformed ones included.
     pub tx_packets: AtomicU64,
     /// Bytes of stream data taken from the guest.

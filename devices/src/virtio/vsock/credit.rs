@@ -88,6 +88,11 @@ impl Credit {
         self.told_fwd_cnt = self.fwd_cnt;
     }
 
+    /// Makes our buffer larger.
+    pub fn grow(&mut self, buf_alloc: u32) {
+        self.buf_alloc = self.buf_alloc.max(buf_alloc);
+    }
+
     /// Bytes of ours that the guest can fill at most.
     pub fn buf_alloc(&self) -> u32 {
         self.buf_alloc

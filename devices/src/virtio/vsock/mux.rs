@@ -1,9 +1,9 @@
 //! All connections of a vsock device, between the guest's rings and the host's streams.
 //!
-//! One thread owns a [`Mux`] and calls [`Mux::turn`] whenever the driver notified a queue or the
-//! mux's own descriptor is readable; that descriptor is an epoll of every host stream, the
-//! handles' commands and the timer. It serves two transports: the MMIO device's worker and
-//! vhost-user.
+//! One thread owns a [`Mux`]. It calls [`Mux::turn`] whenever the driver notified a queue, and
+//! [`Mux::look_at_host`] before it when the mux's own descriptor is readable; that descriptor is
+//! an epoll of every host stream, the handles' commands and the timer. It serves two transports:
+//! the MMIO device's worker and vhost-user.
 //!
 //! Bounds that hold whatever the guest does: connections by [`VsockConfig::max_connections`];
 //! bytes held by the sum of advertised buffers; control packets as flags of their connection;
@@ -32,17 +32,18 @@ use self::to_guest::RxEnd;
 use super::connection::{Connection, State};
 use super::counters::Counters;
 use super::handle::{Command, Completion, ConnectError, Fallback, Join, Service, VsockHandle};
-use super::stream::HostStream;
+use super::stream::{HostStream, WATCHED};
 use super::{HOST_CID, VsockConfig, linger};
 
 /// The most resets that wait for receive buffers before the guest's packets wait too.
 pub(super) const MAX_RESETS: usize = 1024;
 
-/// Bytes that a connection may hold for its host stream.
+/// Bytes that a connection may hold for its host stream at most.
 const BUF_ALLOC_MAX: u32 = 256 << 10;
-/// The same for connections that come when [`BUFFER_BUDGET`] is spent.
+/// What every connection may hold.
 const BUF_ALLOC_MIN: u32 = 16 << 10;
-/// Bytes that all connections together may hold before new ones get the least.
+/// What all connections together may hold beyond that. New connections get from the first half;
+/// the other one is for those that turn out to be busy.
 const BUFFER_BUDGET: u64 = 128 << 20;
 
 /// The first port for the host's end of connections that it opens.
@@ -91,7 +92,7 @@ pub struct Mux {
     runnable: VecDeque<usize>,
     resets: VecDeque<Reset>,
     next_port: u32,
-    /// The sum of all connections' `buf_alloc`.
+    /// What of [`BUFFER_BUDGET`] is promised to the guest.
     promised: u64,
     counters: Arc<Counters>,
 }
@@ -146,7 +147,9 @@ impl Mux {
         tx: &mut Queue,
         mut notify: impl FnMut(VsockQueue),
     ) -> Result<(), virtio_queue::Error> {
-        self.poll_host();
+        Counters::add(&self.counters.turns, 1);
+        // Before the guest's packets: a service that was registered first is found by them.
+        self.take_commands();
         for _ in 0..ROUNDS {
             let tx_end = self.drain_guest(memory, tx, &mut notify)?;
             let rx_end = self.feed_guest(memory, rx, &mut notify)?;
@@ -161,11 +164,6 @@ impl Mux {
         // counter would overflow: then it is readable already.
         let _ = self.wake.write(1);
         Ok(())
-    }
-
-    /// Takes in what the host's side has to say while there are no queues.
-    pub fn idle(&mut self) {
-        self.poll_host();
     }
 
     /// Takes in what the guest sent before its device was reset.
@@ -191,8 +189,8 @@ impl Mux {
         self.resets.clear();
     }
 
-    /// Looks at host streams, commands and deadlines.
-    fn poll_host(&mut self) {
+    /// Takes in what the host's side has to say: streams, commands and deadlines.
+    pub fn look_at_host(&mut self) {
         const BATCH: usize = 128;
         let mut events = [EpollEvent::default(); BATCH];
         // What is left after this many rounds leaves the descriptor readable.
@@ -209,6 +207,10 @@ impl Mux {
                 break;
             }
         }
+        self.take_commands();
+    }
+
+    fn take_commands(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
             self.command(command);
         }
@@ -295,21 +297,31 @@ impl Mux {
         None
     }
 
+    /// What the next connection may hold.
     fn buf_alloc(&self) -> u32 {
-        let share = BUFFER_BUDGET.saturating_sub(self.promised) / 64;
-        u32::try_from(share)
-            .unwrap_or(u32::MAX)
-            .clamp(BUF_ALLOC_MIN, BUF_ALLOC_MAX)
+        let share = (BUFFER_BUDGET / 2).saturating_sub(self.promised) / 32;
+        let most = BUF_ALLOC_MAX - BUF_ALLOC_MIN;
+        BUF_ALLOC_MIN + u32::try_from(share).map_or(most, |share| share.min(most))
+    }
+
+    /// Lets a connection hold more whose data flows, if there is anything left to give.
+    fn grow(&mut self, index: usize) {
+        let Some(connection) = self.table.get_mut(index) else {
+            return;
+        };
+        let more = u64::from(BUF_ALLOC_MAX.saturating_sub(connection.credit.buf_alloc()));
+        if more > 0 && self.promised + more <= BUFFER_BUDGET && connection.is_flowing() {
+            self.promised += more;
+            connection.grow(BUF_ALLOC_MAX);
+        }
     }
 
     /// Puts a connection into the table and watches its stream; false where that fails.
     fn add(&mut self, connection: Connection) -> bool {
         let fd = connection.stream.as_raw_fd();
-        let promised = u64::from(connection.credit.buf_alloc());
+        let promised = connection.credit.buf_alloc() - BUF_ALLOC_MIN;
         let index = self.table.insert(connection);
-        let events =
-            EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-        let event = EpollEvent::new(events, self.table.token(index));
+        let event = EpollEvent::new(WATCHED, self.table.token(index));
         if let Err(error) = self.epoll.ctl(ControlOperation::Add, fd, event) {
             tracing::warn!("a vsock host stream cannot be watched: {error}");
             if let Some(connection) = self.table.remove(index)
@@ -319,7 +331,7 @@ impl Mux {
             }
             return false;
         }
-        self.promised += promised;
+        self.promised += u64::from(promised);
         Counters::set(&self.counters.connections, self.table.len() as u64);
         Counters::add(&self.counters.opened, 1);
         self.schedule(index);
@@ -377,7 +389,7 @@ impl Mux {
         {
             tracing::warn!("a vsock host stream is still watched: {error}");
         }
-        self.promised -= u64::from(connection.credit.buf_alloc());
+        self.promised -= u64::from(connection.credit.buf_alloc() - BUF_ALLOC_MIN);
         Counters::set(&self.counters.connections, self.table.len() as u64);
         Some(connection)
     }
@@ -448,7 +460,7 @@ impl Mux {
 }
 
 impl AsRawFd for Mux {
-    /// The descriptor that is readable when [`Mux::turn`] has work from the host's side.
+    /// The descriptor that is readable when [`Mux::look_at_host`] has something to do.
     fn as_raw_fd(&self) -> RawFd {
         self.epoll.as_raw_fd()
     }

@@ -124,6 +124,11 @@ impl<'m> GuestIoVec<'m> {
         });
     }
 
+    /// Bytes in all pieces.
+    pub fn len(&self) -> usize {
+        self.pieces.iter().map(|piece| piece.iov_len).sum()
+    }
+
     pub fn clear(&mut self) {
         self.pieces.clear();
     }

@@ -14,6 +14,21 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::packet::GuestIoVec;
 
+/// Pieces of guest memory that one write takes: more than Linux makes of a packet.
+const WRITE_PIECES: usize = 32;
+
+const EMPTY: libc::iovec = libc::iovec {
+    iov_base: std::ptr::null_mut(),
+    iov_len: 0,
+};
+
+/// What a stream is watched for, once: each is told when it comes true, and not again.
+pub(super) const WATCHED: EventSet = EventSet::IN
+    .union(EventSet::OUT)
+    .union(EventSet::READ_HANG_UP)
+    .union(EventSet::PRIORITY)
+    .union(EventSet::EDGE_TRIGGERED);
+
 /// A stream socket (TCP, Unix or AF_VSOCK) and what is known about its readiness.
 #[derive(Debug)]
 pub(super) struct HostStream {
@@ -26,6 +41,10 @@ pub(super) struct HostStream {
     pub writable: bool,
     /// The far end is closed in both directions, or broken. What it had sent may be unread.
     pub hung_up: bool,
+    /// A read that gives less than there was room for has emptied the socket, and the next event
+    /// tells of more. Not so for Unix sockets (messages with descriptors end a read), where TCP
+    /// has urgent data, and at the end of the stream, which has to be read too.
+    short_read_empties: bool,
     /// Closing the socket resets it, until the guest has ended in order.
     resets: bool,
     family: AddressFamily,
@@ -73,6 +92,7 @@ impl HostStream {
             readable: true,
             writable: true,
             hung_up: false,
+            short_read_empties: family != AddressFamily::UNIX,
             resets: false,
             family,
         })
@@ -99,6 +119,8 @@ impl HostStream {
             || events.contains(EventSet::READ_HANG_UP) && self.is_abandoned();
         self.readable |= self.hung_up || events.intersects(EventSet::IN | EventSet::READ_HANG_UP);
         self.writable |= events.contains(EventSet::OUT);
+        self.short_read_empties &=
+            !self.hung_up && !events.intersects(EventSet::READ_HANG_UP | EventSet::PRIORITY);
     }
 
     /// Whether the far end of an AF_VSOCK stream takes nothing any more: poll does not say that,
@@ -125,15 +147,38 @@ impl HostStream {
             // checks the descriptor, which is open because `self` owns it.
             unsafe { libc::recvmsg(self.socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) }
         });
-        if would_block(&result) {
+        let emptied = match &result {
+            Ok(bytes) => self.short_read_empties && (1..into.len()).contains(bytes),
+            Err(error) => error.kind() == ErrorKind::WouldBlock,
+        };
+        if emptied {
             self.readable = false;
         }
         result
     }
 
     /// Writes guest memory; returns how many bytes the socket took.
-    pub fn write_guest(&mut self, from: &GuestIoVec<'_>) -> io::Result<usize> {
-        self.write(from.as_raw())
+    pub fn write_guest(&mut self, from: &[VolatileSlice<'_>]) -> io::Result<usize> {
+        let mut taken = 0;
+        for pieces in from.chunks(WRITE_PIECES) {
+            let mut iovecs = [EMPTY; WRITE_PIECES];
+            let mut len = 0;
+            for (iovec, piece) in iovecs.iter_mut().zip(pieces) {
+                iovec.iov_base = piece.ptr_guard().as_ptr().cast_mut().cast();
+                iovec.iov_len = piece.len();
+                len += piece.len();
+            }
+            let bytes = match self.write(&iovecs[..pieces.len()]) {
+                Ok(bytes) => bytes,
+                Err(_) if taken > 0 => break,
+                Err(error) => return Err(error),
+            };
+            taken += bytes;
+            if bytes < len {
+                break;
+            }
+        }
+        Ok(taken)
     }
 
     /// Writes the two parts of a backlog; returns how many bytes the socket took.
@@ -158,7 +203,7 @@ impl HostStream {
                 )
             }
         });
-        if would_block(&result) {
+        if matches!(&result, Err(error) if error.kind() == ErrorKind::WouldBlock) {
             self.writable = false;
         }
         result
@@ -235,8 +280,4 @@ fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
             }
         }
     }
-}
-
-fn would_block(result: &io::Result<usize>) -> bool {
-    matches!(result, Err(error) if error.kind() == ErrorKind::WouldBlock)
 }

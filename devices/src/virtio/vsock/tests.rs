@@ -14,6 +14,7 @@ mod flow;
 mod hostile;
 mod join;
 mod lifecycle;
+mod scale;
 mod uds;
 
 const RX: usize = 0;

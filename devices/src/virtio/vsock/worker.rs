@@ -90,22 +90,21 @@ impl VsockWorker {
 
 impl MutEventSubscriber for VsockWorker {
     fn process(&mut self, events: Events, ops: &mut EventOps) {
-        for queue in [&self.rx, &self.tx] {
-            if events.fd() == queue.kick.as_raw_fd() {
-                // Nothing to read only where another event's turn was faster.
-                let _ = queue.kick.read();
-            }
+        if events.fd() == self.mux.as_raw_fd() && !self.broken {
+            self.mux.look_at_host();
         }
         self.turn(ops);
     }
 
     fn init(&mut self, ops: &mut EventOps) {
-        for fd in [
-            self.mux.as_raw_fd(),
-            self.rx.kick.as_raw_fd(),
-            self.tx.kick.as_raw_fd(),
+        // Every write to a kick is an edge, so that kicks need not be read.
+        let kick = EventSet::IN | EventSet::EDGE_TRIGGERED;
+        for (fd, events) in [
+            (self.mux.as_raw_fd(), EventSet::IN),
+            (self.rx.kick.as_raw_fd(), kick),
+            (self.tx.kick.as_raw_fd(), kick),
         ] {
-            if let Err(error) = ops.add(Events::new_raw(fd, EventSet::IN)) {
+            if let Err(error) = ops.add(Events::new_raw(fd, events)) {
                 tracing::error!("the vsock worker cannot watch a descriptor: {error}");
                 self.interrupt.signal_needs_reset();
             }

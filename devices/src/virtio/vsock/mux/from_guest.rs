@@ -123,7 +123,9 @@ impl Mux {
             _ if connecting => Err(Violation),
             VIRTIO_VSOCK_OP_RW => {
                 Counters::add(&self.counters.tx_bytes, header.len.into());
-                connection.receive(&packet.data)
+                let received = connection.receive(&packet.data);
+                self.grow(index);
+                received
             }
             VIRTIO_VSOCK_OP_SHUTDOWN => {
                 if connection.shut_by_guest(header.flags) {

@@ -14,6 +14,8 @@ use crate::virtio::vsock::packet::{
 
 /// Buffers used, and turns given, before the transmit queue gets its turn.
 const BUDGET: usize = 1024;
+/// Buffers used before the driver is notified, so that the guest takes them while more are filled.
+const NOTIFY_AFTER: usize = 16;
 /// Buffers that one read of a host stream may fill.
 const BATCH_BUFFERS: usize = 64;
 /// Pieces of memory that one read may fill. One more buffer adds at most 256, and the kernel
@@ -48,6 +50,7 @@ struct Rx<'m, 'q> {
     memory: &'m GuestMemoryMmap,
     queue: &'q mut Queue,
     batch: RxBatch<'m>,
+    /// Buffers used of which the driver has not been notified.
     used: usize,
     budget: usize,
 }
@@ -69,6 +72,14 @@ impl<'m> Rx<'m, '_> {
             }
         }
         Ok(self.batch.len() > 0)
+    }
+
+    /// Notifies the driver of what was used, unless it said that it need not know.
+    fn notify(&mut self, notify: &mut impl FnMut(VsockQueue)) -> Result<(), virtio_queue::Error> {
+        if std::mem::take(&mut self.used) > 0 && self.queue.needs_notification(self.memory)? {
+            notify(VsockQueue::Rx);
+        }
+        Ok(())
     }
 
     /// Sends the gathered buffers' packets.
@@ -103,16 +114,21 @@ impl Mux {
             used: 0,
             budget: BUDGET,
         };
-        let end = self.feed(&mut rx)?;
-        if rx.used > 0 && rx.queue.needs_notification(memory)? {
-            notify(VsockQueue::Rx);
-        }
+        let end = self.feed(&mut rx, notify)?;
+        rx.notify(notify)?;
         Ok(end)
     }
 
-    fn feed(&mut self, rx: &mut Rx<'_, '_>) -> Result<RxEnd, virtio_queue::Error> {
+    fn feed(
+        &mut self,
+        rx: &mut Rx<'_, '_>,
+        notify: &mut impl FnMut(VsockQueue),
+    ) -> Result<RxEnd, virtio_queue::Error> {
         while rx.budget > 0 {
             rx.budget -= 1;
+            if rx.used >= NOTIFY_AFTER {
+                rx.notify(notify)?;
+            }
             let sent = if let Some(reset) = self.resets.front().copied() {
                 let room = rx.gather(0)?;
                 if room {

@@ -141,57 +141,6 @@ fn a_guest_without_receive_buffers_loses_nothing_and_is_served_in_turn() {
 }
 
 #[test]
-fn a_thousand_connections_carry_their_own_data() {
-    const COUNT: u32 = 1000;
-    raise_descriptor_limit();
-    let mut guest = Guest::start();
-    let (sender, streams) = mpsc::channel();
-    guest
-        .handle
-        .listen(7, move |stream| drop(sender.send(stream)))
-        .unwrap();
-    let mut hosts = Vec::new();
-    for port in 0..COUNT {
-        guest.send_op(7, port, VIRTIO_VSOCK_OP_REQUEST);
-        guest.expect(VIRTIO_VSOCK_OP_RESPONSE);
-        hosts.push(streams.recv_timeout(PATIENCE).unwrap());
-        guest.send_data(7, port, &port.to_le_bytes());
-    }
-    assert_eq!(guest.connections(), u64::from(COUNT));
-    for (port, stream) in hosts.iter_mut().enumerate() {
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        assert_eq!(read(stream, 4), (port as u32).to_le_bytes());
-        stream.write_all(&(port as u32).to_be_bytes()).unwrap();
-    }
-    for _ in 0..COUNT {
-        let packet = guest.expect(VIRTIO_VSOCK_OP_RW);
-        assert_eq!(packet.data, packet.header.dst_port.to_be_bytes());
-    }
-    hosts.clear();
-    let mut closed = 0;
-    while closed < COUNT {
-        let packet = guest.expect(VIRTIO_VSOCK_OP_SHUTDOWN);
-        if packet.header.flags == VIRTIO_VSOCK_SHUTDOWN_BOTH {
-            guest.answer(&packet.header, VIRTIO_VSOCK_OP_RST);
-            closed += 1;
-        }
-    }
-    guest.wait_connections(0);
-}
-
-fn raise_descriptor_limit() {
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile);
-    rustix::process::setrlimit(
-        rustix::process::Resource::Nofile,
-        rustix::process::Rlimit {
-            current: limit.maximum,
-            maximum: limit.maximum,
-        },
-    )
-    .expect("raising the soft limit of open files to the hard one");
-}
-
-#[test]
 fn data_arrives_whole_whatever_the_sizes_of_packets_writes_and_reads() {
     let mut guest = Guest::start();
     let stream = guest.connect_to_host(1024, 5000);

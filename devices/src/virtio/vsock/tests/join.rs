@@ -384,3 +384,39 @@ fn a_unix_stream_is_closed_without_an_end_where_the_guest_resets() {
     let error = client.write_all(b"x").expect_err("closed both ways");
     assert_eq!(error.kind(), ErrorKind::BrokenPipe);
 }
+
+#[test]
+fn urgent_data_and_descriptors_among_the_data_hold_nothing_up() {
+    use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+    let mut guest = Guest::start();
+    let expect = |guest: &mut Guest, wanted: &[u8]| {
+        let mut data = Vec::new();
+        while data.len() < wanted.len() {
+            data.extend(guest.expect(VIRTIO_VSOCK_OP_RW).data);
+        }
+        assert_eq!(data, wanted);
+    };
+    let (mut client, server) = tcp_pair();
+    guest.join(b"", server);
+    for _ in 0..3 {
+        client.write_all(b"before ").unwrap();
+        rustix::net::send(&client, b"!", SendFlags::OOB).unwrap();
+        client.write_all(b"after").unwrap();
+        expect(&mut guest, b"before after");
+    }
+
+    let (mut client, server) = unix_pair();
+    guest.join(b"", server);
+    let file = tempfile::tempfile().unwrap();
+    let passed = [std::os::fd::AsFd::as_fd(&file)];
+    for _ in 0..3 {
+        client.write_all(b"before ").unwrap();
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&passed)));
+        let bytes = [std::io::IoSlice::new(b"with ")];
+        rustix::net::sendmsg(&client, &bytes, &mut control, SendFlags::empty()).unwrap();
+        client.write_all(b"after").unwrap();
+        expect(&mut guest, b"before with after");
+    }
+}
