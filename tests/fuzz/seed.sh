@@ -70,3 +70,10 @@ fi
     printf IKCFG_ED
 } > "$(corpus kernel_config small)"
 printf 'CONNECT 1024\n' > "$(corpus vsock_uds small)"
+# The first byte is how many are read at a time.
+printf '\007\005\001\000\005\001\000\003\002db\000\120early' > "$(corpus proxy_handshake socks5)"
+printf '\007\004\001\000\120\000\000\000\001me\000db\000early' > "$(corpus proxy_handshake socks4a)"
+printf '\007CONNECT db:80 HTTP/1.1\r\n\r\nearly' > "$(corpus proxy_handshake connect)"
+printf '\007GET http://db:80/a HTTP/1.1\r\nConnection: close, a\r\na: b\r\n\r\n' \
+    > "$(corpus proxy_handshake forward)"
+printf '\007\000\000\000\003\002db\000\065query' > "$(corpus proxy_handshake datagram)"
