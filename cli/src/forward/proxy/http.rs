@@ -200,6 +200,7 @@ fn put_headers(out: &mut Vec<u8>, headers: &[Header<'_>]) {
 }
 
 /// What is between the client and the proxy only (RFC 9110, section 7.6.1), and Host, which is written anew.
+/// Whoever wants another protocol than HTTP, a browser with a WebSocket say, asks for it through CONNECT.
 const HOP_BY_HOP: &[&str] = &[
     "Connection",
     "Host",

@@ -25,7 +25,7 @@ pub const MAX_CLIENTS: usize = 1024;
 pub const MAX_FLOWS: usize = 512;
 
 /// How long no client is accepted where there is no room, or no descriptor, for one.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
 
 /// Clients accepted before others are looked after.
 const ACCEPT_BATCH: usize = 64;
@@ -170,7 +170,9 @@ impl Server {
     fn accept(&mut self, number: u64) -> io::Result<()> {
         for _ in 0..ACCEPT_BATCH {
             let connecting = self.clients.len().saturating_sub(self.relay.len());
-            if connecting >= MAX_CLIENTS && !self.evict() {
+            let is_full = connecting >= MAX_CLIENTS;
+            let in_the_way = is_full.then(|| self.oldest_idle());
+            if in_the_way == Some(None) {
                 return self.pause();
             }
             let index = usize::try_from(number - FIRST_LISTENER).unwrap_or(usize::MAX);
@@ -178,7 +180,12 @@ impl Server {
                 return Ok(());
             };
             match listener.accept() {
-                Ok(stream) => self.welcome(stream.into()),
+                Ok(stream) => {
+                    if let Some(Some(number)) = in_the_way {
+                        self.remove(number);
+                    }
+                    self.welcome(stream.into());
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(error) if is_shortage(&error) => {
                     tracing::warn!("the proxy cannot take another client yet: {error}");
@@ -203,14 +210,10 @@ impl Server {
             .insert(number, Client::new(stream, self.patience));
     }
 
-    /// Makes room by ending the oldest client that is waited for.
-    fn evict(&mut self) -> bool {
+    /// The oldest client that is waited for.
+    fn oldest_idle(&self) -> Option<u64> {
         let mut idle = self.clients.iter().filter(|(_, client)| client.is_idle());
-        let Some(number) = idle.next().map(|(number, _)| *number) else {
-            return false;
-        };
-        self.remove(number);
-        true
+        idle.next().map(|(number, _)| *number)
     }
 
     fn pause(&mut self) -> io::Result<()> {
