@@ -16,6 +16,7 @@ use std::io::{self, Read};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
@@ -27,6 +28,9 @@ use crate::version;
 pub use stage::{Description, Stage};
 
 const STAGE_PREFIX: &str = ".stage-";
+
+/// When the staging directory of another boot is nobody's any more.
+const ABANDONED_AFTER: Duration = Duration::from_secs(24 * 3600);
 const METADATA: &str = "kernel.json";
 /// The uncompressed ELF kernel in a kernel's directory.
 pub const VMLINUX: &str = "vmlinux";
@@ -303,7 +307,7 @@ impl Cache {
         let _guard = self.exclusive("cache")?;
         self.remove_abandoned();
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("{STAGE_PREFIX}{}-{count}", std::process::id());
+        let name = format!("{STAGE_PREFIX}{}-{}-{count}", boot(), std::process::id());
         let dir = self.root.join(name);
         fs::DirBuilder::new()
             .mode(0o700)
@@ -315,13 +319,20 @@ impl Cache {
     }
 
     /// Removes staging directories that nobody holds the lock of. The cache's lock is held.
+    ///
+    /// Locks are those of one kernel: where the cache is shared with another one that runs, as with an
+    /// emulated Linux, its locks are not seen here. What another boot made is left alone for a day.
     fn remove_abandoned(&self) {
+        let own = format!("{STAGE_PREFIX}{}-", boot());
         let Ok(entries) = fs::read_dir(&self.root) else {
             return;
         };
         for entry in entries.flatten() {
             let name = entry.file_name();
             if !name.as_encoded_bytes().starts_with(STAGE_PREFIX.as_bytes()) {
+                continue;
+            }
+            if !name.as_encoded_bytes().starts_with(own.as_bytes()) && !is_old(&entry) {
                 continue;
             }
             let Ok(handle) = File::open(entry.path()) else {
@@ -335,6 +346,18 @@ impl Cache {
             }
         }
     }
+}
+
+/// What tells this boot of this kernel from all others.
+fn boot() -> String {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    id.chars().take_while(char::is_ascii_hexdigit).collect()
+}
+
+/// Whether nothing was put into a directory for so long that nobody can be at work in it.
+fn is_old(entry: &fs::DirEntry) -> bool {
+    let modified = entry.metadata().and_then(|metadata| metadata.modified());
+    modified.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > ABANDONED_AFTER))
 }
 
 /// Keeps other processes from a task; see [`Cache::exclusive`].

@@ -3,6 +3,7 @@
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
+use std::time::SystemTime;
 
 fn cache() -> (tempfile::TempDir, Cache) {
     let dir = tempfile::tempdir().unwrap();
@@ -61,7 +62,7 @@ fn an_abandoned_stage_leaves_nothing() {
 #[test]
 fn what_a_killed_process_left_is_removed_and_what_a_living_one_stages_is_not() {
     let (_dir, cache) = cache();
-    let dead = cache.root().join(".stage-1-0");
+    let dead = cache.root().join(format!(".stage-{}-1-0", boot()));
     fs::create_dir(&dead).unwrap();
     fs::write(dead.join(VMLINUX), b"half a kern").unwrap();
     let living = cache.stage().unwrap();
@@ -69,6 +70,23 @@ fn what_a_killed_process_left_is_removed_and_what_a_living_one_stages_is_not() {
     let other = cache.stage().unwrap();
     assert!(living.path().exists(), "its lock was held");
     assert_ne!(living.path(), other.path());
+}
+
+#[test]
+fn what_another_running_kernel_stages_in_the_same_cache_is_left_alone_for_a_day() {
+    let (_dir, cache) = cache();
+    let elsewhere = cache.root().join(".stage-0123-1-0");
+    let long_ago = cache.root().join(".stage-0123-2-0");
+    for dir in [&elsewhere, &long_ago] {
+        fs::create_dir(dir).unwrap();
+    }
+    let yesterday = SystemTime::now() - ABANDONED_AFTER * 2;
+    File::open(&long_ago)
+        .and_then(|dir| dir.set_modified(yesterday))
+        .unwrap();
+    let _stage = cache.stage().unwrap();
+    assert!(elsewhere.exists(), "its lock cannot be seen here");
+    assert!(!long_ago.exists(), "nobody works for so long");
 }
 
 #[test]
