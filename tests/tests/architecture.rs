@@ -105,6 +105,10 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "an eventfd of a crate that knows no borrowed descriptors",
     ),
     ("share/src/serve.rs", "a umask for one thread"),
+    (
+        "vmm/src/footprint.rs",
+        "madvise of the pages of this program's own file",
+    ),
     ("vmm/src/memory.rs", "mmap and madvise of guest memory"),
     (
         "vmm/src/probe/guest.rs",
