@@ -75,5 +75,9 @@ fn a_killed_mvm_in_the_outer_linux_is_told() {
     );
     let pid = processes[0].split(' ').next().unwrap_or_default();
     host::run_beside_machines(&format!("kill -9 {pid}")).expect_code(0);
-    machine.wait().expect_code(137).expect_nothing_left();
+    machine
+        .wait()
+        .expect_code(125)
+        .expect_in_stderr("was killed by signal 9")
+        .expect_nothing_left();
 }

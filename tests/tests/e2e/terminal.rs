@@ -26,13 +26,14 @@ fn a_shell_has_job_control_the_size_and_ctrl_c() {
     terminal.type_keys("until [ \"$(stty size)\" = '50 120' ]; do sleep 1; done; echo resi''zed\n");
     terminal.expect("resized");
 
-    terminal.type_keys("echo sta''rts; sleep 1000\n");
+    // The command says itself that it runs: its keys must not come before it has the terminal.
+    terminal.type_keys("sh -c \"echo sta''rts; exec sleep 1000\"\n");
     terminal.expect("starts");
     terminal.type_keys(CTRL_C);
     terminal.type_keys("echo code-$?\n");
     terminal.expect("code-130");
 
-    terminal.type_keys("echo sta''rts; sleep 1001\n");
+    terminal.type_keys("sh -c \"echo sta''rts; exec sleep 1001\"\n");
     terminal.expect("starts");
     terminal.type_keys(CTRL_Z);
     terminal.expect("Stopped");
