@@ -2,11 +2,15 @@
 //!
 //! `resolve` turns this into what it means. Only syntax is refused here, with exit code 2.
 
+pub mod forward;
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::store::Name;
 
 /// Runs programs in micro-VMs: a kernel of their own, in about a second, without root.
 #[derive(Debug, Parser)]
@@ -27,6 +31,12 @@ pub struct Cli {
 pub enum Command {
     /// Boot a machine, run a command in it, and exit with the command's exit code
     Run(Box<RunArgs>),
+    /// Own a machine in the background (started by mvm itself)
+    #[command(hide = true)]
+    Supervise {
+        /// The machine
+        name: Name,
+    },
     /// Own the VMM of a machine for an mvm on the host (started by mvm itself)
     #[command(hide = true)]
     Runner(Box<RunArgs>),
@@ -43,7 +53,7 @@ pub enum Command {
 }
 
 /// `mvm run`.
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(
     args_override_self = true,
     after_help = "\
@@ -75,8 +85,16 @@ pub struct RunArgs {
     pub init: Option<String>,
 
     /// Name of the machine, and its host name
-    #[arg(long, value_parser = parse_name)]
-    pub name: Option<String>,
+    #[arg(long)]
+    pub name: Option<Name>,
+
+    /// Leave the machine running in the background, and print its name
+    #[arg(short, long, conflicts_with_all = ["console", "initrd", "timing"])]
+    pub detach: bool,
+
+    /// Remove the machine when it has ended
+    #[arg(long, requires = "detach")]
+    pub rm: bool,
 
     /// Number of virtual CPUs
     #[arg(long, value_name = "N", default_value = "1", value_parser = clap::value_parser!(u8).range(1..=255))]
@@ -142,6 +160,10 @@ pub struct RunArgs {
     /// Show on standard error where the time went
     #[arg(long)]
     pub timing: bool,
+
+    /// What is forwarded.
+    #[command(flatten)]
+    pub forward: forward::ForwardArgs,
 
     /// How machines are run, and what may be done for that.
     #[command(flatten)]
@@ -374,21 +396,6 @@ fn parse_net(text: &str) -> Result<Net, String> {
         Some(("tap", name)) if !name.is_empty() => Ok(Net::Tap(name.to_owned())),
         _ => Err("write tap=INTERFACE or none".to_owned()),
     }
-}
-
-/// A machine's name is also its host name and a file name: letters, digits, `-`, `_` and `.`.
-fn parse_name(text: &str) -> Result<String, String> {
-    let fine = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-    if text.is_empty() || text.len() > 63 {
-        return Err("a name has 1 to 63 characters".to_owned());
-    }
-    if !text.starts_with(|c: char| c.is_ascii_alphanumeric()) || !text.chars().all(fine) {
-        return Err(
-            "a name is made of letters, digits, `-`, `_` and `.`, and starts with a letter or digit"
-                .to_owned(),
-        );
-    }
-    Ok(text.to_owned())
 }
 
 fn parse_workdir(text: &str) -> Result<OsString, String> {

@@ -47,22 +47,20 @@ pub fn input(from: BorrowedFd<'_>, mut to: &UnixStream) {
     let _ = to.shutdown(Shutdown::Write);
 }
 
-/// Copies `from` to `to` until it ends, and calls `came` before each write. Where `to` takes no more, `from`
-/// is ended both ways, which tells the other end.
+/// Gives `from` to `take` until it ends. Where `take` fails, `from` is ended both ways, which tells the other
+/// end.
 pub fn output(
     mut from: &UnixStream,
-    to: BorrowedFd<'_>,
-    came: impl Fn(),
+    mut take: impl FnMut(&[u8]) -> io::Result<()>,
 ) -> Result<(), OutputError> {
     let mut buffer = vec![0u8; CHUNK];
     loop {
         match from.read(&mut buffer) {
             Ok(0) => return Ok(()),
             Ok(len) => {
-                came();
-                if let Err(error) = write_all(to, &buffer[..len]) {
+                if let Err(error) = take(&buffer[..len]) {
                     let _ = from.shutdown(Shutdown::Both);
-                    return Err(OutputError::Unwritten(error.into()));
+                    return Err(OutputError::Unwritten(error));
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

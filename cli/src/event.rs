@@ -6,6 +6,7 @@
 use std::io;
 use std::sync::mpsc::Sender;
 use std::thread;
+use std::time::Duration;
 
 use agent::protocol::{FromSession, Hello};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
@@ -24,6 +25,10 @@ pub enum Event {
     Session(Option<FromSession>),
     /// One of the session's output streams ended and all of it was written.
     OutputDone,
+    /// The control socket asks for an orderly end, by force after this time.
+    Stop(Duration),
+    /// The control socket asks for this signal to the command, or with SIGKILL for the machine's end.
+    Kill(i32),
     /// The machine ended.
     Machine(Ended),
 }

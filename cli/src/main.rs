@@ -6,7 +6,6 @@ mod accel;
 mod args;
 mod cmd;
 mod console;
-#[allow(dead_code, unused_imports)]
 mod control;
 mod copy;
 mod dirs;
@@ -17,15 +16,14 @@ mod instance;
 mod kernel;
 mod link;
 mod lock;
-mod name;
+mod owner;
 mod prepare;
 mod progress;
-#[allow(dead_code, unused_imports)]
 mod record;
 mod resolve;
 mod session;
-#[allow(dead_code, unused_imports)]
 mod store;
+mod supervise;
 mod terminal;
 mod timing;
 
@@ -52,7 +50,8 @@ fn main() -> ExitCode {
     let cli = Cli::parse_from(&arguments);
     watch_log(matches!(&cli.command, Command::Run(run) if run.verbose));
     report(match cli.command {
-        Command::Run(run) => cmd::run::run(&run, arguments.get(2..).unwrap_or_default()),
+        Command::Run(run) => cmd::run::run(*run, arguments.get(2..).unwrap_or_default()),
+        Command::Supervise { name } => supervise::run(&name),
         Command::Runner(run) => instance::runner::run(&run),
         Command::Cp(copy) => cmd::cp::run(&copy, control::client::agent),
         Command::Kernel(command) => cmd::kernel::run(command),

@@ -15,6 +15,7 @@ use vmm::boot::cmdline;
 use vmm::{DiskConfig, Initrd, MachineConfig, NetConfig, VsockConfig};
 
 use crate::args::{Net, RunArgs};
+use crate::store::Name;
 use crate::{accel, guest, session, terminal};
 
 /// The serial number of the disk with the root filesystem.
@@ -35,6 +36,12 @@ fn split_disk(text: &OsStr) -> (PathBuf, bool) {
         }
     }
     (text.into(), false)
+}
+
+/// The images of a machine's disks, the root first, and whether each was asked to stay unchanged.
+pub fn disks(args: &RunArgs) -> Vec<(PathBuf, bool)> {
+    let all = args.rootfs.iter().chain(&args.disk);
+    all.map(|disk| split_disk(disk)).collect()
 }
 
 /// The machine's own part of the configuration; the initial RAM disk is missing where `guest` has to be
@@ -153,7 +160,7 @@ pub fn initramfs(args: &RunArgs, kernel: &Kernel, root: &Root, cache: &Cache) ->
         }
     }
     let modules = crate::kernel::modules(kernel, &required, &optional)?;
-    let hostname = args.name.as_deref().unwrap_or(HOSTNAME);
+    let hostname = args.name.as_ref().map_or(HOSTNAME, Name::as_str);
     let mut description: Guest = guest::describe(hostname, root.clone())?;
     description.init = args.init.clone();
     let files: Vec<_> = files

@@ -5,7 +5,6 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
@@ -17,6 +16,37 @@ use agent::protocol::{self, AGENT_PORT, Exec, Open, StreamKind, ToSession, Windo
 use crate::copy;
 use crate::event::Event;
 use crate::link::Link;
+use crate::record::{self, Stream};
+
+/// Where a command's output goes.
+#[derive(Debug, Clone)]
+pub enum Output {
+    /// To this process's standard streams.
+    Stdio,
+    /// Into the machine's log.
+    Record(Arc<record::Writer>),
+}
+
+impl Output {
+    /// Something that mvm itself has to say about the command; one sentence.
+    pub fn note(&self, sentence: &str) {
+        match self {
+            Self::Stdio => eprintln!("mvm: {sentence}"),
+            Self::Record(log) => log.write(Stream::Note, sentence.as_bytes()),
+        }
+    }
+
+    fn take(&self, kind: StreamKind, data: &[u8]) -> io::Result<()> {
+        match (self, kind) {
+            (Self::Stdio, StreamKind::Stderr) => copy::write_all(rustix::stdio::stderr(), data)?,
+            (Self::Stdio, _) => copy::write_all(rustix::stdio::stdout(), data)?,
+            (Self::Record(log), StreamKind::Stderr) => log.write(Stream::Stderr, data),
+            (Self::Record(log), StreamKind::Terminal) => log.write(Stream::Terminal, data),
+            (Self::Record(log), _) => log.write(Stream::Stdout, data),
+        }
+        Ok(())
+    }
+}
 
 /// The connections of a command that an agent was asked for, nothing read from any yet.
 #[derive(Debug)]
@@ -70,11 +100,17 @@ pub struct Session {
 }
 
 impl Session {
-    /// Asks the agent behind `link` to run `exec` on this process's standard streams.
+    /// Asks the agent behind `link` to run `exec`, with this process's standard input and its output
+    /// going to `output`.
     ///
     /// What becomes of it arrives at `events`: [`Event::Session`], and [`Event::OutputDone`] once for
     /// each of [`Session::outputs`].
-    pub fn start(link: &Link, exec: Exec, events: &Sender<Event>) -> io::Result<Self> {
+    pub fn start(
+        link: &Link,
+        exec: Exec,
+        output: &Output,
+        events: &Sender<Event>,
+    ) -> io::Result<Self> {
         // All connections are open before the first byte is taken from standard input: a start that
         // fails has consumed nothing.
         let streams = Streams::open(link, exec)?;
@@ -84,13 +120,13 @@ impl Session {
         let input = match streams.terminal {
             Some(stream) => {
                 let keyboard = stream.try_clone()?;
-                outputs.push((stream, rustix::stdio::stdout()));
+                outputs.push((stream, StreamKind::Terminal));
                 streams.reads_input.then_some(keyboard)
             }
             None => streams.stdin,
         };
-        outputs.extend(streams.stdout.map(|from| (from, rustix::stdio::stdout())));
-        outputs.extend(streams.stderr.map(|from| (from, rustix::stdio::stderr())));
+        outputs.extend(streams.stdout.map(|from| (from, StreamKind::Stdout)));
+        outputs.extend(streams.stderr.map(|from| (from, StreamKind::Stderr)));
         let session = Self {
             control: streams.control.try_clone()?,
             outputs: outputs.len(),
@@ -100,10 +136,10 @@ impl Session {
         if let Some(input) = input {
             spawn("input", move || copy::input(rustix::stdio::stdin(), &input))?;
         }
-        for (stream, to) in outputs {
-            let (events, first) = (events.clone(), first_output.clone());
+        for (stream, kind) in outputs {
+            let (events, first, output) = (events.clone(), first_output.clone(), output.clone());
             spawn("output", move || {
-                copy_output(&stream, to, &first);
+                copy_output(&stream, kind, &output, &first);
                 let _ = events.send(Event::OutputDone);
             })?;
         }
@@ -164,13 +200,14 @@ fn read_replies(mut control: UnixStream, events: &Sender<Event>) {
     }
 }
 
-/// Copies one of the command's streams until it ends, and notes when the first of it came.
-fn copy_output(from: &UnixStream, to: BorrowedFd<'_>, first: &OnceLock<Instant>) {
-    let came = || {
+/// Copies one of the command's streams until it ends, and notes when the first of it came. Where nobody takes
+/// it any more the command is told (it gets SIGPIPE, as it would in a pipeline).
+fn copy_output(from: &UnixStream, kind: StreamKind, to: &Output, first: &OnceLock<Instant>) {
+    let copied = copy::output(from, |data| {
         first.get_or_init(Instant::now);
-    };
-    // Where nobody reads ours any more the command gets SIGPIPE, as it would in a pipeline.
-    if let Err(error) = copy::output(from, to, came) {
+        to.take(kind, data)
+    });
+    if let Err(error) = copied {
         tracing::debug!("{error}");
     }
 }

@@ -15,10 +15,10 @@ use signal_hook::consts::SIGWINCH;
 
 use super::state::Files;
 use super::{OUTER_VARIABLE, outer, supervisor};
-use crate::cmd::run::refusal_code;
 use crate::event::{self, Event};
 use crate::link::Link;
-use crate::session::{self, Session, Streams};
+use crate::owner::refusal_code;
+use crate::session::{self, Output, Session, Streams};
 use crate::terminal::{self, RawMode};
 
 /// Longer than what an mvm in the outer Linux gives its machine, so that it is the one to use force.
@@ -60,7 +60,7 @@ pub fn run(reason: &str, exec: Exec) -> Result<ExitCode> {
     event::watch_signals(events.clone()).context("signals cannot be watched")?;
     let files = Files::of_this_program()?;
     let mut session = with_outer(&files, reason, exec, |link, exec| {
-        Session::start(link, exec, &events)
+        Session::start(link, exec, &Output::Stdio, &events)
     })?;
 
     let mut raw = None;
@@ -100,7 +100,13 @@ pub fn run(reason: &str, exec: Exec) -> Result<ExitCode> {
                 }
             }
             Some(Event::OutputDone) => outputs_done += 1,
-            Some(Event::Session(None) | Event::Hello(_) | Event::Machine(_)) => {}
+            Some(
+                Event::Session(None)
+                | Event::Hello(_)
+                | Event::Machine(_)
+                | Event::Stop(_)
+                | Event::Kill(_),
+            ) => {}
         }
         if let Some(code) = code
             && outputs_done == session.outputs()

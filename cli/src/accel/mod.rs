@@ -14,6 +14,7 @@ pub mod supervisor;
 pub mod tap;
 
 use std::ffi::OsString;
+use std::sync::OnceLock;
 
 use anyhow::{Result, bail};
 use vmm::probe::{self, KvmVerdict};
@@ -52,17 +53,23 @@ pub fn choose(accel: Accel) -> Result<Choice> {
         Accel::Tcg => Ok(Choice::Tcg {
             reason: "emulation was asked for".to_owned(),
         }),
-        Accel::Kvm => match probe::kvm() {
+        Accel::Kvm => match verdict() {
             KvmVerdict::Works => Ok(Choice::Kvm),
             verdict => bail!("{verdict}"),
         },
-        Accel::Auto => match probe::kvm() {
+        Accel::Auto => match verdict() {
             KvmVerdict::Works => Ok(Choice::Kvm),
             verdict => Ok(Choice::Tcg {
                 reason: verdict.to_string(),
             }),
         },
     }
+}
+
+/// What the probe found, once a process.
+fn verdict() -> &'static KvmVerdict {
+    static VERDICT: OnceLock<KvmVerdict> = OnceLock::new();
+    VERDICT.get_or_init(probe::kvm)
 }
 
 /// Where this process was started to become QEMU: does that, and returns only what failed.

@@ -102,7 +102,9 @@ fn pump(
         .name("input".into())
         .spawn(move || copy::input(input, &to))
         .map_err(OutputError::Broken)?;
-    let ended = copy::output(&connection.stream, output, || ());
+    let ended = copy::output(&connection.stream, |data| {
+        Ok(copy::write_all(output, data)?)
+    });
     // An orderly end of our side too: a reset would take along what is still on its way into the guest.
     let _ = connection.stream.shutdown(std::net::Shutdown::Write);
     ended

@@ -17,7 +17,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use kernels::cache::Cache;
 use serde::{Deserialize, Serialize};
-use vmm::{Machine, Outcome};
+use vmm::{Machine, Outcome, Stats};
 
 use self::outer::Outer;
 pub use self::wire::Relay;
@@ -151,6 +151,16 @@ impl Instance {
         match &self.place {
             Place::Here(machine) => machine.stop(),
             Place::Outer(outer) => outer.stop(),
+        }
+    }
+
+    /// What it has used.
+    pub fn stats(&self) -> Result<Stats> {
+        match &self.place {
+            Place::Here(machine) => machine
+                .stats()
+                .context("what the machine has used cannot be read"),
+            Place::Outer(outer) => outer.stats(),
         }
     }
 

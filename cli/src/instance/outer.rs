@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use agent::protocol::{self, FromSession};
+use agent::protocol::{self, ExitStatus, FromSession};
 use anyhow::{Context, Result, anyhow, bail};
+use vmm::Stats;
 
 use super::wire::{FromRunner, Relay, ToRunner, Up};
 use super::{Ended, Plan};
@@ -22,6 +23,9 @@ use crate::session::Streams;
 
 /// How long the runner may take to carry out a request: an emulator on a busy machine is slow.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long the outer Linux may take to tell why a runner has ended.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// A machine in the outer Linux. Dropping it ends the machine.
 #[derive(Debug)]
@@ -37,8 +41,11 @@ pub struct Outer {
 #[derive(Debug)]
 struct Requests {
     input: UnixStream,
-    answers: Receiver<Result<(), String>>,
+    answers: Receiver<Answer>,
 }
+
+/// What a request is answered with.
+type Answer = Result<Option<Stats>, String>;
 
 impl Outer {
     /// Starts a runner for `plan` and waits until the machine was made; it runs then.
@@ -65,6 +72,7 @@ impl Outer {
         };
         let (answered, answers) = mpsc::channel();
         let listener = Listener {
+            control: streams.control.try_clone()?,
             console: plan.console,
             events: events.clone(),
             answered,
@@ -99,12 +107,12 @@ impl Outer {
 
     /// Takes all vCPUs out of the guest.
     pub fn pause(&self) -> Result<()> {
-        self.ask(&ToRunner::Pause)
+        self.ask(&ToRunner::Pause).map(drop)
     }
 
     /// Lets the vCPUs run.
     pub fn resume(&self) -> Result<()> {
-        self.ask(&ToRunner::Resume)
+        self.ask(&ToRunner::Resume).map(drop)
     }
 
     /// A stream into the serial console.
@@ -117,7 +125,13 @@ impl Outer {
             .context("the machine's console cannot be reached")
     }
 
-    fn ask(&self, request: &ToRunner) -> Result<()> {
+    /// What the machine has used.
+    pub fn stats(&self) -> Result<Stats> {
+        self.ask(&ToRunner::Stats)?
+            .context("the machine's runner makes no sense")
+    }
+
+    fn ask(&self, request: &ToRunner) -> Result<Option<Stats>> {
         let mut requests = self.lock();
         protocol::send(&mut requests.input, request)
             .context("the machine's runner has gone")
@@ -179,11 +193,35 @@ fn first_word(
     }
 }
 
+/// Why a runner says no more.
+fn fate(mut control: &UnixStream) -> String {
+    // A timeout that cannot be set is not worth a word beside what has happened.
+    let _ = control.set_read_timeout(Some(LAST_WORDS));
+    loop {
+        match protocol::receive(&mut control) {
+            Ok(Some(FromSession::Exited(ExitStatus::Signal(signal)))) => {
+                return format!(
+                    "the machine's process in the outer Linux was killed by signal {signal}"
+                );
+            }
+            Ok(Some(FromSession::Exited(ExitStatus::Code(code)))) => {
+                return format!("the machine's process in the outer Linux ended with code {code}");
+            }
+            Ok(Some(_)) => {}
+            Ok(None) | Err(_) => {
+                return "the outer Linux ended, and the machine with it".to_owned();
+            }
+        }
+    }
+}
+
 /// Where the runner's messages go.
 struct Listener {
+    /// The runner's session.
+    control: UnixStream,
     console: Box<dyn Write + Send>,
     events: Sender<Event>,
-    answered: Sender<Result<(), String>>,
+    answered: Sender<Answer>,
 }
 
 impl Listener {
@@ -192,7 +230,10 @@ impl Listener {
             match protocol::receive(&mut from) {
                 Ok(Some(FromRunner::Hello(hello))) => drop(self.events.send(Event::Hello(hello))),
                 Ok(Some(FromRunner::Console(bytes))) => drop(self.console.write_all(&bytes)),
-                Ok(Some(FromRunner::Done(answer))) => drop(self.answered.send(answer)),
+                Ok(Some(FromRunner::Done(answer))) => {
+                    drop(self.answered.send(answer.map(|()| None)));
+                }
+                Ok(Some(FromRunner::Stats(stats))) => drop(self.answered.send(Ok(Some(stats)))),
                 Ok(Some(FromRunner::Ended(ended))) => break ended,
                 Ok(Some(FromRunner::Failed(reason))) => break Ended::Failed(reason),
                 Ok(Some(FromRunner::Up(_))) => {}

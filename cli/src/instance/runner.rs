@@ -88,7 +88,10 @@ fn start(args: &RunArgs, host: &Host) -> Result<Arc<Machine>> {
     let machine = Arc::new(built.machine);
     let vsock = machine.vsock().context("the machine has no vsock device")?;
     let greeted = host.clone();
-    link::listen_for_hello(vsock, move |hello| greeted.tell(&FromRunner::Hello(hello)))?;
+    link::listen_for_hello(vsock, move |hello| {
+        greeted.tell(&FromRunner::Hello(hello));
+        vmm::release_program();
+    })?;
     let (handle, keyboard) = (vsock.clone(), Arc::downgrade(&machine));
     thread::Builder::new()
         .name("relay".into())
@@ -110,6 +113,13 @@ fn obey(machine: &Machine, host: &Host) {
         match protocol::receive(&mut requests) {
             Ok(Some(ToRunner::Resume)) => machine.resume(),
             Ok(Some(ToRunner::Pause)) => machine.pause(),
+            Ok(Some(ToRunner::Stats)) => {
+                host.tell(&match machine.stats() {
+                    Ok(stats) => FromRunner::Stats(stats),
+                    Err(error) => FromRunner::Done(Err(error.to_string())),
+                });
+                continue;
+            }
             Ok(Some(ToRunner::Stop)) => {
                 machine.stop();
                 continue;

@@ -8,10 +8,12 @@
 
 use agent::protocol::Hello;
 use serde::{Deserialize, Serialize};
+use vmm::Stats;
 
 use super::{Ended, SetUp};
 
-/// To the runner. Each request but [`ToRunner::Stop`] is answered, in order, with [`FromRunner::Done`].
+/// To the runner. Each request but [`ToRunner::Stop`] is answered, in order, with [`FromRunner::Done`]
+/// where nothing else is said.
 /// The end of the input stops the machine.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum ToRunner {
@@ -19,6 +21,8 @@ pub enum ToRunner {
     Resume,
     /// Take the vCPUs out of the guest.
     Pause,
+    /// Tell what the machine has used; answered with [`FromRunner::Stats`].
+    Stats,
     /// End the machine now.
     Stop,
 }
@@ -36,6 +40,8 @@ pub enum FromRunner {
     Console(Vec<u8>),
     /// A request was carried out, or why not.
     Done(Result<(), String>),
+    /// The answer to [`ToRunner::Stats`].
+    Stats(Stats),
     /// The machine ended; the last message.
     Ended(Ended),
 }

@@ -1,0 +1,142 @@
+//! Machines in the background: each is owned by a process of its own, the supervisor, which outlives
+//! the command that started it.
+//!
+//! The supervisor says `ready` on its standard output when the guest is up, and writes what it has to
+//! say after that to `mvm.log` in the machine's directory. Before, its standard error is the caller's.
+
+use std::env;
+use std::ffi::OsString;
+use std::fs::OpenOptions;
+use std::io::Read;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use kernels::cache::Cache;
+
+use crate::accel::{self, Choice};
+use crate::args::{self, Cli, RunArgs};
+use crate::owner::{self, Mode};
+use crate::store::{Bytes, Definition, Name, Store};
+use crate::timing::Timing;
+use crate::{FAILED, prepare};
+
+/// The supervisor's own log, in the machine's directory.
+const LOG: &str = "mvm.log";
+
+/// `mvm run -d`: makes a machine, and returns when its guest is up.
+pub fn launch(args: &RunArgs, words: &[OsString]) -> Result<ExitCode> {
+    if accel::is_outer() {
+        bail!("a machine in the background belongs to the host: run mvm there");
+    }
+    // Whatever takes long is done here, where its progress is seen.
+    let cache = Cache::open()?;
+    prepare::machine(args, &cache)?;
+    if let Choice::Tcg { .. } = accel::choose(args.host.accel)? {
+        prepare::outer(args.host.yes, &cache)?;
+    }
+    let store = Store::open()?;
+    let definition = Definition::new(words, captured(args))?;
+    let claim = store.create(args.name.as_ref(), &definition)?;
+    let name = claim.name().clone();
+    drop(claim);
+    let started = spawn(&store, &name);
+    if !matches!(started, Ok(true)) {
+        store.claim(&name)?.remove()?;
+    }
+    if !started? {
+        return Ok(ExitCode::from(FAILED));
+    }
+    println!("{name}");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What `-e NAME` takes from the caller's environment.
+fn captured(args: &RunArgs) -> Vec<(Bytes, Bytes)> {
+    let unset = |item: &&OsString| !item.as_bytes().contains(&b'=');
+    args.env
+        .iter()
+        .filter(unset)
+        .filter_map(|name| Some((name.into(), env::var_os(name)?.into())))
+        .collect()
+}
+
+/// Starts the supervisor of a machine that nobody owns and waits until its guest is up; false where it
+/// could not be, which the supervisor has said on standard error.
+pub fn spawn(store: &Store, name: &Name) -> Result<bool> {
+    let definition = store.definition(name)?;
+    let cwd = Path::new(definition.cwd.as_os_str());
+    let environment = definition
+        .env
+        .iter()
+        .map(|(name, value)| (name.as_os_str(), value.as_os_str()));
+    let mut supervisor = Command::new(env::current_exe()?)
+        .arg("supervise")
+        .arg(name.as_str())
+        .envs(environment)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .current_dir(cwd)
+        .spawn()
+        .with_context(|| {
+            format!(
+                "the supervisor of machine {name} cannot be started in {}",
+                cwd.display()
+            )
+        })?;
+    let mut said = String::new();
+    if let Some(mut stdout) = supervisor.stdout.take() {
+        stdout.read_to_string(&mut said)?;
+    }
+    if said.trim_end() == "ready" {
+        return Ok(true);
+    }
+    supervisor
+        .wait()
+        .context("the supervisor cannot be waited for")?;
+    Ok(false)
+}
+
+/// The supervisor: owns the machine `name` until it has ended.
+pub fn run(name: &Name) -> Result<ExitCode> {
+    // Not a part of the caller's terminal session: its Ctrl-C and hang-up are not for us. Fails only
+    // where this process leads a session already.
+    let _ = rustix::process::setsid();
+    let timing = Timing::start();
+    let claim = Store::open()?.claim(name)?;
+    let words: Vec<OsString> = claim
+        .definition()?
+        .argv
+        .iter()
+        .map(|word| word.as_os_str().to_owned())
+        .collect();
+    let typed = ["mvm", "run"].into_iter().map(OsString::from);
+    let cli = Cli::try_parse_from(typed.chain(words.iter().cloned()))
+        .with_context(|| format!("machine {name} cannot be made from what was typed"))?;
+    let args::Command::Run(args) = cli.command else {
+        bail!("machine {name} cannot be made from what was typed");
+    };
+    owner::own(*args, &words, claim, Mode::Background, timing)
+}
+
+/// Tells whoever started this supervisor that the guest is up; from here on it speaks to its log.
+pub fn say_ready(dir: &Path) -> Result<()> {
+    println!("ready");
+    let path = dir.join(LOG);
+    let log = OpenOptions::new()
+        .create(true)
+        .write(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    // The caller reads to the end of the pipe, so it has to end.
+    rustix::stdio::dup2_stdout(&log).context("standard output cannot be closed")?;
+    rustix::stdio::dup2_stderr(&log).context("standard error cannot be closed")?;
+    // Nothing keeps the directory in which the machine was started from being removed or unmounted.
+    env::set_current_dir("/").context("the working directory cannot be left")?;
+    Ok(())
+}
