@@ -5,4 +5,5 @@
 
 pub mod archive;
 pub mod guest;
+pub mod names;
 pub mod protocol;

@@ -15,7 +15,6 @@
 mod control;
 mod datagram;
 mod dial;
-mod dns;
 mod flow;
 mod frames;
 mod greeting;

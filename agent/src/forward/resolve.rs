@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use agent::names::is_localhost;
 use agent::protocol::{DialError, Target};
 
 use super::dial;
@@ -77,7 +78,7 @@ impl Plan {
             Target::Loopback(port) => Self::Connect(dial::loopback(port).to_vec()),
             Target::Host { host, port } => match host.parse::<IpAddr>() {
                 Ok(address) => Self::Connect(vec![SocketAddr::new(address, port)]),
-                Err(_) if names::is_localhost(&host) => {
+                Err(_) if is_localhost(&host) => {
                     Self::Connect(dial::loopback(port).to_vec())
                 }
                 Err(_) if host.is_empty() || host.len() > MAX_NAME => {

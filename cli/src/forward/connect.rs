@@ -19,7 +19,10 @@ const MAX_CONNECTING: usize = 1024;
 const MAX_ATTEMPTS: usize = 4;
 
 /// How long one address may take, or a name; all of them stay under the 30 s that the agent waits.
-const PATIENCE: Duration = Duration::from_secs(5);
+pub const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How much longer than that is waited for a name.
+const LOOK_UP_SLACK: Duration = Duration::from_secs(2);
 
 /// How long to wait for room in the queue of a Unix socket, and how often.
 const FULL_PAUSE: Duration = Duration::from_millis(20);
@@ -143,9 +146,10 @@ impl Connects {
             attempts: VecDeque::new(),
             socket: None,
             port,
-            due: Instant::now() + PATIENCE,
+            // The lookup itself ends by then, and knows why.
+            due: Instant::now() + PATIENCE + LOOK_UP_SLACK,
             full: 0,
-            error: io::ErrorKind::NotFound.into(),
+            error: io::ErrorKind::TimedOut.into(),
         };
         self.insert(id, connecting);
         None

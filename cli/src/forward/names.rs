@@ -1,15 +1,20 @@
 //! Names as this host resolves them, on threads of their own: a name server may take its time.
 
+use std::fs;
 use std::io;
-use std::net::{IpAddr, ToSocketAddrs};
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::thread;
+use std::time::Instant;
+
+use agent::names::{self, Files};
+use agent::protocol::DialError;
 
 use super::Command;
-use super::connect::LookUp;
+use super::connect::{LookUp, PATIENCE};
 
 /// Names looked up at once.
 const MAX_LOOKUPS: usize = 16;
@@ -42,8 +47,21 @@ pub fn in_threads(commands: Sender<Command>, wake: OwnedFd) -> io::Result<LookUp
 }
 
 fn resolve(name: &str) -> io::Result<Vec<IpAddr>> {
-    Ok((name, 0)
-        .to_socket_addrs()?
-        .map(|address| address.ip())
-        .collect())
+    let read = |path: &str| match fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        Err(error) => Err(io::Error::new(error.kind(), format!("{path}: {error}"))),
+        Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+    };
+    let files = Files {
+        hosts: read("/etc/hosts")?,
+        resolv_conf: read("/etc/resolv.conf")?,
+    };
+    let found = names::lookup(&files, name, Instant::now() + PATIENCE);
+    found.map_err(|error| match error {
+        DialError::NoSuchHost => {
+            io::Error::new(io::ErrorKind::NotFound, "this host knows no such name")
+        }
+        DialError::Other(reason) => io::Error::other(reason),
+        error => io::Error::other(format!("{error:?}")),
+    })
 }

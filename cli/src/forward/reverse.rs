@@ -8,6 +8,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use agent::names::is_localhost;
 use agent::protocol::{Bind, Open, ToForwarder};
 
 use super::announce::{Announcement, Announcer};
@@ -217,6 +218,10 @@ impl Reverses {
         };
         entry.connections = entry.connections.saturating_add(1);
         let attempts = match &entry.wish {
+            Wish::SshAgent(_) if self.offers.is_empty() => {
+                let none = io::Error::new(io::ErrorKind::NotFound, "SSH_AUTH_SOCK was not set");
+                return Some(Outcome::failed(purpose, none));
+            }
             Wish::SshAgent(_) => self.offers.iter().cloned().map(Attempt::Unix).collect(),
             Wish::Listed(reverse) => match reverse.target() {
                 HostTarget::Unix(path) => vec![Attempt::Unix(path.clone())],
@@ -325,7 +330,7 @@ fn answer(
 /// What can be connected to without looking a name up.
 fn addresses(host: &str, port: u16) -> Option<Vec<Attempt>> {
     let to = |ip: IpAddr| Attempt::Tcp(SocketAddr::new(ip, port));
-    if host.eq_ignore_ascii_case("localhost") {
+    if is_localhost(host) {
         let both = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
         return Some(both.map(to).to_vec());
     }

@@ -6,12 +6,12 @@ use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use agent::names::dns::{self, Failure, Reply};
 use agent::protocol::{Open, Target};
 use simple_dns::rdata::{A, AAAA, CNAME, RData};
 use simple_dns::{CLASS, Name, Packet, PacketFlag, QTYPE, RCODE, ResourceRecord, TYPE};
 
 use super::{PATIENCE, connect_to, start_in};
-use crate::forward::dns::{self, Failure, Reply};
 use crate::forward::names;
 use crate::tree::Tree;
 
