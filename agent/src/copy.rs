@@ -18,8 +18,11 @@ pub fn pack(machine: &Machine, to: &Connection, request: Pack) -> io::Result<()>
         attributes: request.attributes,
     };
     let root = Root::Tree(machine.root.directory());
-    let packed = archive::pack(root, &request.path, &options, &mut out);
-    out.end(packed.map_err(|error| error.sentence()))?;
+    let packed = machine.wait_for_root().and_then(|()| {
+        let packed = archive::pack(root, &request.path, &options, &mut out);
+        packed.map_err(|error| error.sentence())
+    });
+    out.end(packed)?;
     to.end_output();
     Ok(())
 }
@@ -40,16 +43,12 @@ pub fn unpack(machine: &Machine, from: &Connection, request: &Unpack) -> io::Res
             lost = protocol::send(from, &FromUnpack::Note(note));
         }
     };
-    let unpacked = archive::unpack(
-        root,
-        &request.path,
-        &request.landing,
-        policy,
-        chunks,
-        &mut note,
-    );
+    let (path, landing) = (&request.path, &request.landing);
+    let done = machine.wait_for_root().and_then(|()| {
+        let unpacked = archive::unpack(root, path, landing, policy, chunks, &mut note);
+        unpacked.map(|_| ()).map_err(|error| error.sentence())
+    });
     lost?;
-    let done = unpacked.map(|_| ()).map_err(|error| error.sentence());
     protocol::send(from, &FromUnpack::Done(done))?;
     from.end_output();
     drain(from)
@@ -68,3 +67,7 @@ fn drain(mut from: &Connection) -> io::Result<()> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "copy_tests.rs"]
+mod tests;

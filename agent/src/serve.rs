@@ -72,6 +72,16 @@ impl Machine {
             connections: Count::default(),
         }
     }
+
+    /// Waits until the root is complete; fails with a sentence.
+    pub fn wait_for_root(&self) -> Result<(), String> {
+        let Some(furnishing) = &self.furnishing else {
+            return Ok(());
+        };
+        let finished = furnishing.exit.wait(PATIENCE);
+        finished.map_err(|error| format!("the machine's root is not complete: {error}"))?;
+        Ok(())
+    }
 }
 
 /// Serves a connection, whose first message was `open`, on a thread of its own.

@@ -77,12 +77,7 @@ impl Session {
                 "the host did not open {missing:?} within {patience} seconds"
             ))
         })?;
-        if let Some(furnishing) = &machine.furnishing {
-            let finished = furnishing.exit.wait(PATIENCE);
-            finished.map_err(|error| {
-                Refused::other(format!("the machine's root is not complete: {error}"))
-            })?;
-        }
+        machine.wait_for_root().map_err(Refused::other)?;
         let tree: &Tree = if exec.in_initramfs {
             &machine.initramfs
         } else {

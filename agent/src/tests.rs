@@ -58,7 +58,7 @@ fn connect_silently() -> UnixStream {
     host
 }
 
-fn connect(open: &Open) -> UnixStream {
+pub fn connect(open: &Open) -> UnixStream {
     let host = connect_silently();
     protocol::send(&host, open).unwrap();
     host

@@ -32,6 +32,17 @@ for program in gzip bzip2 lz4 lzma lzop xz zstd; do
 done
 
 { printf '\000'; cat "$work/data.tar"; } > "$(corpus archive_tar plain)"
+
+mkdir "$work/tree" "$work/tree/d"
+ln -s ../outside "$work/tree/s"
+ln "$work/file" "$work/tree/f"
+ln "$work/file" "$work/tree/d/h"
+mkfifo "$work/tree/p"
+truncate -s 1M "$work/tree/d/sparse"
+printf data >> "$work/tree/d/sparse"
+for format in gnu pax; do
+    { printf '\002'; tar -C "$work/tree" --format "$format" -S -cf - .; } > "$(corpus archive_unpack "$format")"
+done
 number=1
 for program in gzip xz zstd; do
     if has "$program"; then

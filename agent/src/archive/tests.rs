@@ -1,5 +1,6 @@
 //! Trees packed and unpacked again on this machine's own filesystem, and hostile archives.
 
+mod full;
 mod hostile;
 mod landing;
 mod race;

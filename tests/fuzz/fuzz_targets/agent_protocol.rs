@@ -2,7 +2,7 @@
 
 #![no_main]
 
-use agent::protocol::{self, Done, FromSession, Hello, Open, ToSession};
+use agent::protocol::{self, Done, FromSession, FromUnpack, Hello, Open, Report, ToSession};
 use libfuzzer_sys::fuzz_target;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -13,6 +13,8 @@ fuzz_target!(|data: &[u8]| {
     read_all::<ToSession>(data);
     read_all::<FromSession>(data);
     read_all::<Done>(data);
+    read_all::<Report>(data);
+    read_all::<FromUnpack>(data);
 });
 
 /// Reads messages until there is none, and says each again: it comes back as it was.
