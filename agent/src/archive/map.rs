@@ -121,7 +121,7 @@ pub fn check(extents: &[Extent], size: u64, data: u64) -> Result<(), ArchiveErro
     let mut left = data;
     for extent in extents {
         let end = extent.offset.checked_add(extent.len).ok_or(DAMAGED)?;
-        let is_partial = extent.len > 0 && (data - left) % BLOCK as u64 != 0;
+        let is_partial = extent.len > 0 && !(data - left).is_multiple_of(BLOCK as u64);
         if extent.offset < at || end > size || is_partial {
             return Err(DAMAGED);
         }

@@ -218,7 +218,7 @@ pub fn dress(file: impl AsFd, member: &Member, owned: bool) -> Result<Unkept, Er
     let times = Timestamps {
         last_access: Timespec {
             tv_sec: 0,
-            tv_nsec: UTIME_OMIT.into(),
+            tv_nsec: UTIME_OMIT,
         },
         last_modification: Timespec {
             tv_sec: member.modified.seconds,
