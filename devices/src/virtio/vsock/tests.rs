@@ -1,6 +1,7 @@
 //! A guest that speaks vsock, honest or not, against the whole device.
 
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc;
@@ -10,6 +11,7 @@ use super::packet::*;
 use super::*;
 use crate::testing::{Buffer, MockDriver, PATIENCE};
 
+mod af_vsock;
 mod flow;
 mod hostile;
 mod join;
@@ -277,6 +279,32 @@ impl Guest {
         (stream, request.header.src_port)
     }
 
+    /// Joins `stream` to a connection to port 80 of the guest, which accepts: the host's port.
+    fn join(&mut self, prelude: &[u8], stream: impl Into<OwnedFd>) -> u32 {
+        self.handle.join(80, prelude.to_vec(), stream).unwrap();
+        let request = self.expect(VIRTIO_VSOCK_OP_REQUEST);
+        assert_eq!(request.header.dst_port, 80);
+        self.answer(&request.header, VIRTIO_VSOCK_OP_RESPONSE);
+        request.header.src_port
+    }
+
+    /// Packets until one has `op`, with the data of all and the flags of the last shutdown.
+    fn receive_until(&mut self, op: u16) -> (Vec<u8>, u32) {
+        let (mut data, mut flags) = (Vec::new(), 0);
+        loop {
+            let packet = self.receive();
+            match packet.op() {
+                VIRTIO_VSOCK_OP_RW => data.extend(&packet.data),
+                VIRTIO_VSOCK_OP_SHUTDOWN => flags = packet.header.flags,
+                VIRTIO_VSOCK_OP_CREDIT_UPDATE | VIRTIO_VSOCK_OP_CREDIT_REQUEST => {}
+                other => assert_eq!(other, op, "{packet:?}"),
+            }
+            if packet.op() == op {
+                return (data, flags);
+            }
+        }
+    }
+
     fn connections(&self) -> u64 {
         self.handle.counters().connections.load(Ordering::Relaxed)
     }
@@ -312,6 +340,13 @@ fn read(mut stream: &UnixStream, len: usize) -> Vec<u8> {
     let mut data = vec![0; len];
     stream.read_exact(&mut data).expect("the guest's data");
     data
+}
+
+/// Reads to the end, which has to be one.
+fn read_all(mut stream: impl Read) -> Vec<u8> {
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).expect("an orderly end");
+    all
 }
 
 /// The stream has ended and nothing is left in it.

@@ -1,7 +1,6 @@
 //! Connections that are one with a host stream: what comes first, and resets passed on both ways.
 
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
 
 use super::*;
 
@@ -31,40 +30,6 @@ fn assert_reset(mut stream: impl Read) {
     let mut rest = Vec::new();
     let error = stream.read_to_end(&mut rest).expect_err("a reset");
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
-}
-
-fn read_all(mut stream: impl Read) -> Vec<u8> {
-    let mut all = Vec::new();
-    stream.read_to_end(&mut all).expect("an orderly end");
-    all
-}
-
-impl Guest {
-    /// Joins `stream` to a connection to port 80 of the guest, which accepts: the host's port.
-    fn join(&mut self, prelude: &[u8], stream: impl Into<OwnedFd>) -> u32 {
-        self.handle.join(80, prelude.to_vec(), stream).unwrap();
-        let request = self.expect(VIRTIO_VSOCK_OP_REQUEST);
-        assert_eq!(request.header.dst_port, 80);
-        self.answer(&request.header, VIRTIO_VSOCK_OP_RESPONSE);
-        request.header.src_port
-    }
-
-    /// Packets until one has `op`, with the data of all and the flags of the last shutdown.
-    fn receive_until(&mut self, op: u16) -> (Vec<u8>, u32) {
-        let (mut data, mut flags) = (Vec::new(), 0);
-        loop {
-            let packet = self.receive();
-            match packet.op() {
-                VIRTIO_VSOCK_OP_RW => data.extend(&packet.data),
-                VIRTIO_VSOCK_OP_SHUTDOWN => flags = packet.header.flags,
-                VIRTIO_VSOCK_OP_CREDIT_UPDATE | VIRTIO_VSOCK_OP_CREDIT_REQUEST => {}
-                other => assert_eq!(other, op, "{packet:?}"),
-            }
-            if packet.op() == op {
-                return (data, flags);
-            }
-        }
-    }
 }
 
 #[test]
