@@ -76,6 +76,14 @@ impl Relayed {
         Ok(stream)
     }
 
+    /// Makes `stream` one with a connection to `port` of the guest; whoever is at its other end is sent
+    /// `OK <port>` and a newline first.
+    pub fn join_with_line(&self, port: u32, stream: OwnedFd) -> io::Result<()> {
+        let mut bytes = Vec::new();
+        protocol::send(&mut bytes, &Relay::DialWithLine(port))?;
+        self.joiner.join(self.port, &bytes, stream)
+    }
+
     fn join(&self, port: u32, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
         let mut bytes = Vec::new();
         protocol::send(&mut bytes, &Relay::Dial(port))?;

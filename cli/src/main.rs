@@ -26,6 +26,7 @@ mod store;
 mod supervise;
 mod terminal;
 mod timing;
+mod uds;
 
 use std::io::IsTerminal;
 use std::process::ExitCode;

@@ -38,6 +38,9 @@ const PREFIX: usize = 4;
 /// Bytes that a direction holds at most: some of the longest frames, and hundreds of ordinary ones.
 const BATCH: usize = 256 << 10;
 
+/// Clients that wait to be accepted.
+const BACKLOG: i32 = 64;
+
 /// Ports from here on are nobody's.
 const FIRST_PORT: u32 = 1 << 30;
 
@@ -130,13 +133,13 @@ fn remove(path: &Path) {
 }
 
 /// A socket at `path` for this user only.
-fn listen(path: &Path) -> io::Result<UnixListener> {
+pub fn listen(path: &Path) -> io::Result<UnixListener> {
     let address = SocketAddrUnix::new(path)?;
     let socket = stream_socket(AddressFamily::UNIX)?;
     // The file gets the mode that the socket has when it is bound.
     rustix::fs::fchmod(&socket, Mode::RUSR | Mode::WUSR)?;
     net::bind(&socket, &address)?;
-    net::listen(&socket, 1)?;
+    net::listen(&socket, BACKLOG)?;
     Ok(socket.into())
 }
 

@@ -20,6 +20,7 @@ use crate::accel::{client, supervisor};
 use crate::event::Event;
 use crate::link::{Link, Relayed};
 use crate::session::Streams;
+use crate::uds::Uds;
 
 /// How long the runner may take to carry out a request: an emulator on a busy machine is slow.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -35,6 +36,7 @@ pub struct Outer {
     /// Held open for as long as the runner is to live: it ends with its session.
     _session: UnixStream,
     _tap: Option<Offer>,
+    _uds: Option<Uds>,
 }
 
 /// The runner's standard input, and what it answers.
@@ -78,9 +80,15 @@ impl Outer {
             answered,
         };
         spawn("runner", move || listener.listen(stdout))?;
-        let relayed = Relayed::new(files.socket(), Joiner::connect(&files.join())?, up.port);
+        let joiner = Joiner::connect(&files.join())?;
+        let relayed = Arc::new(Relayed::new(files.socket(), joiner, up.port));
+        let uds = plan.args.vsock_uds.as_deref();
+        let uds = uds
+            .map(|path| Uds::serve(path, relayed.clone()))
+            .transpose()?;
         let outer = Self {
-            link: Link::Relayed(Arc::new(relayed)),
+            link: Link::Relayed(relayed),
+            _uds: uds,
             requests: Mutex::new(Requests {
                 input: stdin,
                 answers,

@@ -84,7 +84,12 @@ fn start(args: &RunArgs, host: &Host) -> Result<Arc<Machine>> {
         .context("the vsock port for the host has no number")?
         .port();
     let cache = Cache::open()?;
-    let built = build::build(args, &cache, Box::new(Console(host.clone())))?;
+    // The host serves the guest's ports: a socket made here could not be connected to there.
+    let args = RunArgs {
+        vsock_uds: None,
+        ..args.clone()
+    };
+    let built = build::build(&args, &cache, Box::new(Console(host.clone())))?;
     let machine = Arc::new(built.machine);
     let vsock = machine.vsock().context("the machine has no vsock device")?;
     let greeted = host.clone();
@@ -165,6 +170,18 @@ fn relay(stream: VsockStream, vsock: &VsockHandle, mut keyboard: Keyboard) -> io
         Some(Relay::Dial(port)) => {
             stream.set_read_timeout(None)?;
             vsock.join(port, Vec::new(), stream)
+        }
+        Some(Relay::DialWithLine(port)) => {
+            stream.set_read_timeout(None)?;
+            let mut client = stream.try_clone()?;
+            vsock.connect_with(port, stream, move |answer| {
+                // A socket that nothing was written to yet takes a line at once.
+                if let Ok(port) = answer
+                    && let Err(error) = client.write_all(format!("OK {port}\n").as_bytes())
+                {
+                    tracing::debug!("a client has gone: {error}");
+                }
+            })
         }
         Some(Relay::ConsoleInput) => {
             stream.set_read_timeout(None)?;

@@ -62,6 +62,8 @@ pub struct Up {
 pub enum Relay {
     /// A connection to this vsock port of the guest: raw bytes follow. Reset where the guest refuses.
     Dial(u32),
+    /// The same, after a line `OK <port of the host>` to whoever connected.
+    DialWithLine(u32),
     /// Input for the serial console: raw bytes follow.
     ConsoleInput,
 }
