@@ -245,11 +245,7 @@ impl Listener {
                 Ok(Some(FromRunner::Ended(ended))) => break ended,
                 Ok(Some(FromRunner::Failed(reason))) => break Ended::Failed(reason),
                 Ok(Some(FromRunner::Up(_))) => {}
-                Ok(None) | Err(_) => {
-                    break Ended::Failed(
-                        "the outer Linux ended, and the machine with it".to_owned(),
-                    );
-                }
+                Ok(None) | Err(_) => break Ended::Failed(fate(&self.control)),
             }
         };
         let _ = self.events.send(Event::Machine(ended));
