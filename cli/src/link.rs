@@ -6,8 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread;
+use std::time::Duration;
 
-use agent::protocol::{self, HELLO_PORT, Hello};
+use agent::protocol::{self, AGENT_PORT, HELLO_PORT, Hello, Open};
 use devices::virtio::vsock::VsockHandle;
 
 use crate::accel::join::Joiner;
@@ -47,6 +48,15 @@ impl Link {
             Self::Socket(_) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
+}
+
+/// Asks the guest behind `link` to power off, with so long for its processes to end by themselves. The
+/// connection has to stay open until the machine has ended.
+pub fn ask_to_power_off(link: &Link, grace: Duration) -> io::Result<UnixStream> {
+    let stream = link.connect(AGENT_PORT)?;
+    let grace_ms = u32::try_from(grace.as_millis()).unwrap_or(u32::MAX);
+    protocol::send(&stream, &Open::PowerOff { grace_ms })?;
+    Ok(stream)
 }
 
 /// The way to a machine in the outer Linux.

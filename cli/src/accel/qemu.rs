@@ -2,13 +2,13 @@
 
 use std::env;
 use std::ffi::OsString;
-use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use rustix::process::{Signal, getppid, set_parent_process_death_signal};
+use vmm::probe::host::{find_program, qemu_version};
 
 /// The program.
 pub const PROGRAM: &str = "qemu-system-x86_64";
@@ -43,14 +43,9 @@ pub struct Emulation<'a> {
 
 /// QEMU's path, from PATH.
 pub fn find() -> Option<PathBuf> {
-    let path = env::var_os("PATH")?;
-    env::split_paths(&path)
-        .chain([PathBuf::from("/usr/bin")])
-        .map(|dir| dir.join(PROGRAM))
-        .find(|file| {
-            file.metadata()
-                .is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0)
-        })
+    let path = env::var_os("PATH");
+    find_program(PROGRAM, path.as_deref())
+        .or_else(|| find_program(PROGRAM, Some("/usr/bin".as_ref())))
 }
 
 /// The first version whose emulated CPUs may run beside each other. Before it, one CPU could translate a
@@ -72,8 +67,7 @@ fn version(qemu: &Path) -> Option<(u32, u32)> {
 }
 
 fn parse_version(text: &str) -> Option<(u32, u32)> {
-    let mut numbers = text
-        .strip_prefix("QEMU emulator version ")?
+    let mut numbers = qemu_version(text)?
         .split(|c: char| !c.is_ascii_digit())
         .map(str::parse);
     Some((numbers.next()?.ok()?, numbers.next()?.ok()?))

@@ -14,7 +14,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use std::{env, thread};
 
-use agent::protocol::{self, AGENT_PORT, Hello, Open};
+use agent::protocol::Hello;
 use anyhow::{Context, Result, anyhow, bail};
 use devices::vhost_user::VhostUserVsock;
 use devices::virtio::vsock::uds::VsockUds;
@@ -27,7 +27,7 @@ use super::qemu::Emulation;
 use super::state::{Description, Files};
 use super::{TRAMPOLINE, join};
 use crate::console::{Console, Tail};
-use crate::link;
+use crate::link::{self, Link};
 
 /// How long the outer Linux stays when nobody uses it.
 const IDLE: Duration = Duration::from_secs(60);
@@ -37,6 +37,9 @@ const TICK: Duration = Duration::from_secs(1);
 
 /// How long the outer Linux may take to come up: an emulator on a busy machine is slow.
 const BOOT: Duration = Duration::from_secs(180);
+
+/// What its processes get to end by themselves.
+pub const POWER_OFF_GRACE: Duration = Duration::from_secs(5);
 
 /// How long it may take to power off.
 const POWER_OFF: Duration = Duration::from_secs(10);
@@ -218,9 +221,7 @@ fn while_used(inbox: &Receiver<Event>, vsock: &VsockHandle) -> End {
 }
 
 fn power_off(vsock: &VsockHandle, inbox: &Receiver<Event>) {
-    let asked = vsock.connect(AGENT_PORT).and_then(|stream| {
-        protocol::send(&stream, &Open::PowerOff { grace_ms: 5000 }).map(|()| stream)
-    });
+    let asked = link::ask_to_power_off(&Link::Machine(vsock.clone()), POWER_OFF_GRACE);
     let Ok(_stream) = asked else { return };
     let deadline = Instant::now() + POWER_OFF;
     while let Some(left) = deadline.checked_duration_since(Instant::now()) {

@@ -4,7 +4,6 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use agent::protocol::{self, AGENT_PORT, Open};
 use anyhow::{Context, Result, bail};
 use kernels::cache::Cache;
 use serde::Serialize;
@@ -13,7 +12,7 @@ use vmm::probe;
 use crate::accel::state::{Description, Files};
 use crate::accel::{client, supervisor};
 use crate::args::{AccelCommand, Format};
-use crate::link::Link;
+use crate::link::{self, Link};
 use crate::{prepare, terminal};
 
 /// How long the outer Linux may take to end.
@@ -90,10 +89,9 @@ fn stop() -> Result<ExitCode> {
         println!("the outer Linux is not running");
         return Ok(ExitCode::SUCCESS);
     }
-    let stream = Link::Socket(files.socket())
-        .connect(AGENT_PORT)
+    let link = Link::Socket(files.socket());
+    let _asked = link::ask_to_power_off(&link, supervisor::POWER_OFF_GRACE)
         .context("the outer Linux cannot be reached")?;
-    protocol::send(&stream, &Open::PowerOff { grace_ms: 5000 })?;
     let deadline = Instant::now() + STOP;
     while files.is_supervised() {
         if Instant::now() > deadline {

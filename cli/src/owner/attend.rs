@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use agent::protocol::{self, AGENT_PORT, Exec, FromSession, Hello, Open, Refusal};
+use agent::protocol::{self, Exec, FromSession, Hello, Refusal};
 use anyhow::{Context, Result, anyhow, bail};
 use signal_hook::consts::{SIGKILL, SIGTERM, SIGWINCH};
 
@@ -14,7 +14,7 @@ use crate::console::Tail;
 use crate::control::protocol::State;
 use crate::event::Event;
 use crate::instance::Ended;
-use crate::link::Link;
+use crate::link::{self, Link};
 use crate::session::{Output, Session};
 use crate::terminal::{self, RawMode};
 use crate::timing::Timing;
@@ -23,8 +23,8 @@ use crate::{cmd, resolve, supervise};
 /// Between a request to end and the use of force.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// What remaining processes get to end by themselves when the command has ended, in milliseconds.
-const POWER_OFF_GRACE_MS: u32 = 2000;
+/// What remaining processes get to end by themselves when the command has ended.
+const POWER_OFF_GRACE: Duration = Duration::from_secs(2);
 
 /// The exit code of a command that --timeout ended, as with timeout(1).
 const TIMED_OUT: i32 = 124;
@@ -330,10 +330,7 @@ impl Attendant {
         if !self.machine.instance.writes() {
             return;
         }
-        let asked = link.connect(AGENT_PORT).and_then(|stream| {
-            let grace_ms = POWER_OFF_GRACE_MS;
-            protocol::send(&stream, &Open::PowerOff { grace_ms }).map(|()| stream)
-        });
+        let asked = link::ask_to_power_off(link, POWER_OFF_GRACE);
         let Ok(_asked) = asked else { return };
         self.deadline = Some(Instant::now() + GRACE);
         while let Some(event) = self.next() {

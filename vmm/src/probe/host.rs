@@ -230,7 +230,8 @@ pub fn qemu() -> Check {
     }
 }
 
-fn find_program(name: &str, path: Option<&OsStr>) -> Option<PathBuf> {
+/// The first executable file called `name` in the directories of `path`, a value of PATH.
+pub fn find_program(name: &str, path: Option<&OsStr>) -> Option<PathBuf> {
     std::env::split_paths(path?)
         .map(|directory| directory.join(name))
         .find(|file| {
@@ -238,7 +239,8 @@ fn find_program(name: &str, path: Option<&OsStr>) -> Option<PathBuf> {
         })
 }
 
-fn qemu_version(output: &str) -> Option<&str> {
+/// The version in what QEMU prints when it is asked for its version.
+pub fn qemu_version(output: &str) -> Option<&str> {
     output
         .strip_prefix("QEMU emulator version ")?
         .split_ascii_whitespace()
