@@ -107,8 +107,8 @@ pub fn run(name: &Name) -> Result<ExitCode> {
     let _ = rustix::process::setsid();
     let timing = Timing::start();
     let claim = Store::open()?.claim(name)?;
-    let words: Vec<OsString> = claim
-        .definition()?
+    let mut definition = claim.definition()?;
+    let words: Vec<OsString> = definition
         .argv
         .iter()
         .map(|word| word.as_os_str().to_owned())
@@ -119,6 +119,11 @@ pub fn run(name: &Name) -> Result<ExitCode> {
     let args::Command::Run(args) = cli.command else {
         bail!("machine {name} cannot be made from what was typed");
     };
+    if args.rm && !definition.ephemeral {
+        // Not before it has an owner: one without is nobody's to keep.
+        definition.ephemeral = true;
+        claim.redefine(&definition)?;
+    }
     owner::own(*args, &words, claim, Mode::Background, timing)
 }
 

@@ -26,7 +26,8 @@ pub fn run(args: RunArgs, words: &[OsString]) -> Result<ExitCode> {
             prepare::outer(args.host.yes, &cache)?;
         }
     }
-    let definition = Definition::new(words, Vec::new())?;
+    let mut definition = Definition::new(words, Vec::new())?;
+    definition.ephemeral = true;
     let claim = Store::open()?.create(args.name.as_ref(), &definition)?;
     owner::own(args, words, claim, Mode::Attached, timing)
 }

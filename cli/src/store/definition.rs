@@ -25,6 +25,9 @@ pub struct Definition {
     /// What those words took from the environment (`-e NAME`), which `mvm start` cannot know.
     #[serde(default)]
     pub env: Vec<(Bytes, Bytes)>,
+    /// Whether it is to be gone when it has ended, or its owner has been killed.
+    #[serde(default)]
+    pub ephemeral: bool,
     /// What was changed while it ran, over what `argv` says.
     #[serde(default)]
     pub changes: Changes,
@@ -40,6 +43,7 @@ impl Definition {
             argv: argv.iter().map(Bytes::from).collect(),
             cwd: cwd.into_os_string().into(),
             env,
+            ephemeral: false,
             changes: Changes::default(),
         })
     }

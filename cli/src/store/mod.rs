@@ -147,6 +147,7 @@ impl Store {
 
     /// All machines, in the order of their names. One that is damaged does not hide the others.
     pub fn list(&self) -> Result<Vec<Entry>> {
+        self.sweep();
         let mut entries = Vec::new();
         for name in self.names()? {
             let definition = self.definition(&name);
@@ -251,15 +252,20 @@ impl Store {
         let staging = self.partial(STAGING, name);
         let made = DirBuilder::new().mode(0o700).create(&staging);
         made.with_context(|| format!("cannot make {}", staging.display()))?;
-        let done = file::write(&staging, DEFINITION, definition, Durability::Disk).and_then(|()| {
-            match fs::rename(&staging, self.dir(name)) {
-                Ok(()) => Ok(true),
-                Err(error) if claim::is_taken(&error) => Ok(false),
-                Err(error) => {
-                    Err(error).with_context(|| format!("cannot make {}", self.dir(name).display()))
-                }
-            }
-        });
+        // One that does not outlive its process need not outlive the host's crash either.
+        let durability = match definition.ephemeral {
+            true => Durability::Memory,
+            false => Durability::Disk,
+        };
+        let done =
+            file::write(&staging, DEFINITION, definition, durability).and_then(
+                |()| match fs::rename(&staging, self.dir(name)) {
+                    Ok(()) => Ok(true),
+                    Err(error) if claim::is_taken(&error) => Ok(false),
+                    Err(error) => Err(error)
+                        .with_context(|| format!("cannot make {}", self.dir(name).display())),
+                },
+            );
         if !matches!(done, Ok(true)) {
             // Another sweep takes it where this does not.
             let _ = fs::remove_dir_all(&staging);
@@ -367,6 +373,17 @@ impl Store {
             if name.starts_with(TRASH) || name.starts_with(STAGING) && old() {
                 tracing::debug!("removing {}", path.display());
                 let _ = fs::remove_dir_all(&path);
+            }
+        }
+        for name in self.names().unwrap_or_default() {
+            if self.is_owned(&name) || !self.definition(&name).is_ok_and(|found| found.ephemeral) {
+                continue;
+            }
+            // Another process may have been faster.
+            if let Ok(claim) = self.claim(&name)
+                && let Err(error) = claim.remove()
+            {
+                tracing::warn!("{error:#}");
             }
         }
         for path in paths_in(&self.runtime) {

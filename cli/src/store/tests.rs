@@ -233,6 +233,27 @@ fn a_running_machine_takes_a_new_name_with_all_it_has() {
 }
 
 #[test]
+fn an_ephemeral_machine_goes_with_its_owner_and_others_stay() {
+    let (_dir, store) = store();
+    let ephemeral = Definition {
+        ephemeral: true,
+        ..definition()
+    };
+    let running = store.create(Some(&name("runs")), &ephemeral).unwrap();
+    let killed = store.create(Some(&name("killed")), &ephemeral).unwrap();
+    kill(killed);
+    kill(make(&store, "kept"));
+    let names: Vec<_> = store
+        .list()
+        .unwrap()
+        .into_iter()
+        .map(|entry| entry.name)
+        .collect();
+    assert_eq!(names, [name("kept"), name("runs")]);
+    drop(running);
+}
+
+#[test]
 fn a_rename_that_was_cut_short_leaves_one_machine() {
     let (_base, store) = store();
     let claim = make(&store, "a");
