@@ -2,7 +2,8 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use agent::protocol as agent_protocol;
 use anyhow::{Context, Result, anyhow, bail};
@@ -13,33 +14,53 @@ use crate::store::{Ending, Name, Standing, Store};
 /// How long an owner may take to answer what it can answer at once.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// How often an owner is tried that does not listen yet.
+const POLL: Duration = Duration::from_millis(20);
+
 /// A connection to the owner of a machine.
 #[derive(Debug)]
 pub struct Client {
     name: Name,
     stream: UnixStream,
+    /// For what can be answered at once.
+    patience: Duration,
 }
 
 impl Client {
     /// Connects to the owner of the machine `name`; fails with a sentence where it does not run.
     pub fn connect(store: &Store, name: &Name) -> Result<Self> {
+        Self::connect_within(store, name, PATIENCE)
+    }
+
+    /// As [`Client::connect`], for one who waits no longer than `patience` for each answer either.
+    pub fn connect_within(store: &Store, name: &Name, patience: Duration) -> Result<Self> {
         store.check_exists(name)?;
-        let stream = store
-            .connect(name, PATIENCE)
-            .map_err(|error| unreachable(store, name, error))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
-        Ok(Self {
-            name: name.clone(),
-            stream,
-        })
+        let deadline = Instant::now() + patience;
+        loop {
+            match store.connect(name, patience) {
+                Ok(stream) => {
+                    stream.set_write_timeout(Some(patience))?;
+                    return Ok(Self {
+                        name: name.clone(),
+                        stream,
+                        patience,
+                    });
+                }
+                Err(error) if is_absent(&error) && store.is_owned(name) && Instant::now() < deadline => {
+                    thread::sleep(POLL);
+                }
+                Err(error) => return Err(unreachable(store, name, error)),
+            }
+        }
     }
 
     /// Asks for `op` and waits for the answer, as long as what is asked for takes.
     pub fn ask(&mut self, op: Op) -> Result<Answer> {
         let patience = match op {
             Op::Wait => None,
-            Op::Stop { timeout } => Some(PATIENCE * 3 + Duration::from_secs(timeout.into())),
-            _ => Some(PATIENCE),
+            // After force there is some writing out to do.
+            Op::Stop { timeout } => Some(self.patience * 3 + Duration::from_secs(timeout.into())),
+            _ => Some(self.patience),
         };
         self.stream.set_read_timeout(patience)?;
         let name = &self.name;
@@ -124,10 +145,10 @@ fn unreachable(store: &Store, name: &Name, error: io::Error) -> anyhow::Error {
         Err(error) => error.context(format!("machine {name}")),
         Ok(Standing::Ended(ending)) => anyhow!("{}", stopped(name, Some(&ending))),
         Ok(Standing::Killed) => anyhow!("{}", stopped(name, None)),
+        Ok(Standing::Owned) if is_absent(&error) => {
+            anyhow!("machine {name} is just starting or ending: try again in a moment")
+        }
         Ok(Standing::Owned) => match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused => {
-                anyhow!("machine {name} is just starting or ending: try again in a moment")
-            }
             io::ErrorKind::PermissionDenied => {
                 anyhow!("machine {name} belongs to another user")
             }
@@ -146,6 +167,14 @@ fn stopped(name: &Name, ending: Option<&Ending>) -> String {
         Some(_) => "has ended",
     };
     format!("machine {name} {how}: start it with `mvm start {name}`")
+}
+
+/// Whether nobody listens: the owner does not yet, or no more.
+fn is_absent(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused
+    )
 }
 
 fn is_timeout(error: &io::Error) -> bool {
