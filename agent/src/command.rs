@@ -59,16 +59,21 @@ impl Command {
             .iter()
             .map(|(name, value)| c_string(&[name, &b"="[..], value].concat(), "the environment"))
             .collect::<Result<_, _>>()?;
-        let directories = match &exec.cwd {
+        let mut directories = Vec::new();
+        match &exec.cwd {
             Some(directory) if !directory.starts_with(b"/") => {
                 return Err(Refused::other(format!(
                     "the working directory {} is not an absolute path",
                     String::from_utf8_lossy(directory)
                 )));
             }
-            Some(directory) => vec![c_string(directory, "the working directory")?],
-            None => vec![c_string(&user.home, "the home directory")?, c"/".to_owned()],
-        };
+            Some(directory) => directories.push(c_string(directory, "the working directory")?),
+            None => {}
+        }
+        if exec.cwd.is_none() || exec.cwd_or_home {
+            directories.push(c_string(&user.home, "the home directory")?);
+            directories.push(c"/".to_owned());
+        }
         Ok(Self {
             program: String::from_utf8_lossy(&program).into_owned(),
             candidates,
@@ -169,6 +174,7 @@ mod tests {
             env: Vec::new(),
             clear_env: false,
             cwd: None,
+            cwd_or_home: false,
             user: None,
             terminal: None,
             stdin: false,

@@ -321,6 +321,8 @@ pub struct Exec {
     pub clear_env: bool,
     /// Absolute working directory; None is the user's home, or `/` where that is missing.
     pub cwd: Option<Vec<u8>>,
+    /// Where `cwd` cannot be entered, take what None stands for instead.
+    pub cwd_or_home: bool,
     /// `NAME`, `UID`, `NAME:GROUP` or `UID:GID`; None is root.
     pub user: Option<String>,
     /// Run on a new pty of this size, as its session leader.

@@ -83,6 +83,7 @@ fn exec(argv: &[&str]) -> Exec {
         user,
         terminal: None,
         stdin: false,
+        cwd_or_home: false,
         in_initramfs: false,
     }
 }

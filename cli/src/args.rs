@@ -3,6 +3,7 @@
 //! `resolve` turns this into what it means. Only syntax is refused here, with exit code 2.
 
 pub mod forward;
+pub mod machine;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -31,6 +32,9 @@ pub struct Cli {
 pub enum Command {
     /// Boot a machine, run a command in it, and exit with the command's exit code
     Run(Box<RunArgs>),
+    /// Those for machines that exist.
+    #[command(flatten)]
+    Machine(machine::MachineCommand),
     /// Own a machine in the background (started by mvm itself)
     #[command(hide = true)]
     Supervise {

@@ -12,7 +12,9 @@ use agent::protocol::{self, AGENT_PORT, HELLO_PORT, Hello, Open};
 use devices::virtio::vsock::VsockHandle;
 
 use crate::accel::join::Joiner;
+use crate::control::client::Client;
 use crate::instance::Relay;
+use crate::store::{Name, Store};
 
 /// The longest answer to a CONNECT line.
 const MAX_ANSWER: u64 = 64;
@@ -24,6 +26,8 @@ pub enum Link {
     Machine(VsockHandle),
     /// Another process owns the machine and offers its ports at this Unix socket.
     Socket(PathBuf),
+    /// The machine belongs to another process on this host, which is asked at its control socket.
+    Owned(Store, Name),
     /// The machine is in the outer Linux, behind its runner.
     Relayed(Arc<Relayed>),
 }
@@ -34,6 +38,9 @@ impl Link {
         match self {
             Self::Machine(vsock) => vsock.connect(port),
             Self::Socket(path) => connect_line(UnixStream::connect(path)?, port),
+            Self::Owned(store, name) => Client::connect(store, name)
+                .and_then(|client| client.into_guest(port))
+                .map_err(io::Error::other),
             Self::Relayed(relayed) => relayed.open(&Relay::Dial(port)),
         }
     }
@@ -45,7 +52,7 @@ impl Link {
             Self::Machine(vsock) => vsock.join(port, prelude, stream),
             Self::Relayed(relayed) => relayed.join(port, &prelude, stream),
             // Its owner joins only what it is handed on its own connection.
-            Self::Socket(_) => Err(io::ErrorKind::Unsupported.into()),
+            Self::Socket(_) | Self::Owned(..) => Err(io::ErrorKind::Unsupported.into()),
         }
     }
 }

@@ -10,6 +10,7 @@ mod control;
 mod copy;
 mod dirs;
 mod event;
+mod foreground;
 mod forward;
 mod guest;
 mod instance;
@@ -24,6 +25,8 @@ mod resolve;
 mod session;
 mod store;
 mod supervise;
+mod survey;
+mod table;
 mod terminal;
 mod timing;
 mod uds;
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
     watch_log(matches!(&cli.command, Command::Run(run) if run.verbose));
     report(match cli.command {
         Command::Run(run) => cmd::run::run(*run, arguments.get(2..).unwrap_or_default()),
+        Command::Machine(command) => cmd::machine::run(command),
         Command::Supervise { name } => supervise::run(&name),
         Command::Runner(run) => instance::runner::run(&run),
         Command::Cp(copy) => cmd::cp::run(&copy, control::client::agent),

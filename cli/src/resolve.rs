@@ -199,6 +199,7 @@ pub fn exec(args: &RunArgs) -> Exec {
         env: environment(&args.env, on_terminal),
         clear_env: false,
         cwd: args.workdir.as_ref().map(|dir| bytes(dir)),
+        cwd_or_home: false,
         user: args.user.clone(),
         terminal: on_terminal.then(terminal::window_size),
         stdin: args.interactive || shell || terminal::stdin_is_ours(),
@@ -207,7 +208,7 @@ pub fn exec(args: &RunArgs) -> Exec {
 }
 
 /// `-e NAME=VALUE` as given, `-e NAME` from the caller's environment where it is set there.
-fn environment(given: &[OsString], on_terminal: bool) -> Vec<(Vec<u8>, Vec<u8>)> {
+pub fn environment(given: &[OsString], on_terminal: bool) -> Vec<(Vec<u8>, Vec<u8>)> {
     let term = env::var_os("TERM").filter(|_| on_terminal);
     let term = term.map(|value| (b"TERM".to_vec(), value.into_vec()));
     let given = given.iter().filter_map(|item| {

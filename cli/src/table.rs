@@ -22,7 +22,8 @@ impl Table {
 
     /// Adds a row. Control characters in it are shown rather than sent to the terminal.
     pub fn row(&mut self, cells: Vec<String>) {
-        self.rows.push(cells.iter().map(|cell| harmless(cell)).collect());
+        self.rows
+            .push(cells.iter().map(|cell| harmless(cell)).collect());
     }
 
     /// All of it, each row on a line.
@@ -138,7 +139,9 @@ mod tests {
         let sizes = [0, 1023, 1024, 1536, 20 << 20, 999 << 30, u64::MAX].map(size);
         assert_eq!(
             sizes,
-            ["0B", "1023B", "1.00KiB", "1.50KiB", "20.0MiB", "999GiB", "16.0EiB"]
+            [
+                "0B", "1023B", "1.00KiB", "1.50KiB", "20.0MiB", "999GiB", "16.0EiB"
+            ]
         );
         let spans = [0, 59, 60, 7199, 86_399, 864_000].map(|s| span(Duration::from_secs(s)));
         assert_eq!(spans, ["0s", "59s", "1m", "1h", "23h", "10d"]);

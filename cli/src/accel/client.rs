@@ -7,19 +7,18 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::UnixStream;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use agent::protocol::{Exec, FromSession, WindowSize};
-use anyhow::{Context, Result, bail};
-use signal_hook::consts::SIGWINCH;
+use agent::protocol::{Exec, WindowSize};
+use anyhow::{Context, Result, anyhow, bail};
 
 use super::state::Files;
 use super::{OUTER_VARIABLE, outer, supervisor};
-use crate::event::{self, Event};
+use crate::event;
+use crate::foreground::{self, Lost};
 use crate::link::Link;
-use crate::owner::refusal_code;
 use crate::session::{self, Output, Session, Streams};
-use crate::terminal::{self, RawMode};
+use crate::terminal;
 
 /// Longer than what an mvm in the outer Linux gives its machine, so that it is the one to use force.
 const GRACE: Duration = Duration::from_secs(25);
@@ -50,6 +49,7 @@ pub fn exec(argv: &[OsString], terminal: Option<WindowSize>) -> Exec {
         user: None,
         terminal,
         stdin: terminal::stdin_is_ours(),
+        cwd_or_home: false,
         in_initramfs: false,
     }
 }
@@ -59,61 +59,16 @@ pub fn run(reason: &str, exec: Exec) -> Result<ExitCode> {
     let (events, inbox) = mpsc::channel();
     event::watch_signals(events.clone()).context("signals cannot be watched")?;
     let files = Files::of_this_program()?;
-    let mut session = with_outer(&files, reason, exec, |link, exec| {
+    let session = with_outer(&files, reason, exec, |link, exec| {
         Session::start(link, exec, &Output::Stdio, &events)
     })?;
-
-    let mut raw = None;
-    let mut code = None;
-    let mut outputs_done = 0;
-    let mut deadline: Option<Instant> = None;
-    loop {
-        let event = match deadline {
-            None => inbox.recv().ok(),
-            Some(at) => inbox
-                .recv_timeout(at.saturating_duration_since(Instant::now()))
-                .ok(),
-        };
-        match event {
-            None => bail!("the outer Linux does not answer; end it with `mvm accel stop`"),
-            Some(Event::Signal(SIGWINCH)) => drop(session.resize(terminal::window_size())),
-            Some(Event::Signal(signal)) => {
-                drop(session.signal(signal));
-                deadline.get_or_insert(Instant::now() + GRACE);
-            }
-            Some(Event::Session(Some(FromSession::Started { .. }))) if session.has_terminal() => {
-                raw = RawMode::enter().context("the terminal cannot be put into raw mode")?;
-            }
-            Some(Event::Session(Some(FromSession::Started { .. }))) => {}
-            Some(Event::Session(Some(FromSession::Refused { reason, message }))) => {
-                eprintln!("mvm: {message}");
-                return Ok(exit_code(refusal_code(reason)));
-            }
-            Some(Event::Session(Some(FromSession::Exited(status)))) => {
-                code = Some(status.shell_code());
-            }
-            Some(Event::Session(None)) if code.is_none() => {
-                drop(raw);
-                match supervisor::last_words(&files) {
-                    Some(words) => bail!("the outer Linux ended unexpectedly:\n  {words}"),
-                    None => bail!("the outer Linux ended unexpectedly"),
-                }
-            }
-            Some(Event::OutputDone) => outputs_done += 1,
-            Some(
-                Event::Session(None)
-                | Event::Hello(_)
-                | Event::Machine(_)
-                | Event::Stop(_)
-                | Event::Kill(_),
-            ) => {}
-        }
-        if let Some(code) = code
-            && outputs_done == session.outputs()
-        {
-            return Ok(exit_code(code));
-        }
-    }
+    foreground::attend(session, &inbox, GRACE, |why| match why {
+        Lost::Stuck => anyhow!("the outer Linux does not answer; end it with `mvm accel stop`"),
+        Lost::Ended => match supervisor::last_words(&files) {
+            Some(words) => anyhow!("the outer Linux ended unexpectedly:\n  {words}"),
+            None => anyhow!("the outer Linux ended unexpectedly"),
+        },
+    })
 }
 
 /// Opens a session of the outer Linux, which is started where need be.
@@ -138,10 +93,6 @@ fn with_outer<T>(
             start(&link, exec)
         })
         .context("the outer Linux cannot be reached")
-}
-
-fn exit_code(code: i32) -> ExitCode {
-    ExitCode::from(u8::try_from(code & 0xff).unwrap_or(u8::MAX))
 }
 
 /// Starts the outer Linux where it is not up.

@@ -301,8 +301,9 @@ fn parse_since(text: &str) -> Result<SystemTime, String> {
     if let Ok(ago) = humantime::parse_duration(text) {
         return Ok(before_now(ago));
     }
-    humantime::parse_rfc3339_weak(text)
-        .map_err(|_| "write a time such as 2026-01-31T12:00:00Z, or how long ago, such as 10m".to_owned())
+    humantime::parse_rfc3339_weak(text).map_err(|_| {
+        "write a time such as 2026-01-31T12:00:00Z, or how long ago, such as 10m".to_owned()
+    })
 }
 
 fn before_now(ago: Duration) -> SystemTime {

@@ -46,9 +46,9 @@ pub fn run(names: &[Name], format: Format) -> Result<ExitCode> {
         Format::Json => table::print_json(&reports)?,
         Format::Table => {
             let shown: Vec<_> = reports.iter().map(shown).collect();
-            table::print(&shown.join("\n"))?;
+            table::print(&shown.join("\n"))?
         }
-    }
+    };
     Ok(code)
 }
 
@@ -59,7 +59,10 @@ fn shown(report: &Report) -> String {
         ("status", ps::status(survey)),
     ];
     lines.extend(survey.trouble.iter().map(|why| ("trouble", why.clone())));
-    let error = survey.ending.as_ref().and_then(|ending| ending.error.clone());
+    let error = survey
+        .ending
+        .as_ref()
+        .and_then(|ending| ending.error.clone());
     lines.extend(error.map(|error| ("error", error)));
     if let Some(definition) = &survey.definition {
         lines.push(("created", definition.created.to_string()));
@@ -72,7 +75,12 @@ fn shown(report: &Report) -> String {
     }
     if let Some(machine) = &survey.machine {
         lines.push(("runs on", machine.accel.clone()));
-        lines.extend(machine.kernel.iter().map(|kernel| ("kernel", kernel.clone())));
+        lines.extend(
+            machine
+                .kernel
+                .iter()
+                .map(|kernel| ("kernel", kernel.clone())),
+        );
         lines.push(("cpus", machine.cpus.to_string()));
         lines.push(("memory", size(machine.memory)));
         for disk in &machine.disks {
@@ -80,7 +88,12 @@ fn shown(report: &Report) -> String {
             lines.push(("disk", format!("{}{only}", disk.path)));
         }
         lines.extend(machine.tap.iter().map(|tap| ("network", tap.clone())));
-        lines.extend(machine.forwards.iter().map(|forward| ("forward", ps::port(forward))));
+        lines.extend(
+            machine
+                .forwards
+                .iter()
+                .map(|forward| ("forward", ps::port(forward))),
+        );
         if machine.auto {
             lines.push(("publishes", "every port that listens".to_owned()));
         }

@@ -35,7 +35,9 @@ pub fn stop(names: &[Name], timeout: u32) -> Result<ExitCode> {
             .collect();
         let joined = stopping.into_iter().map(|stopping| stopping.join());
         joined
-            .map(|result| result.unwrap_or_else(|_| Err(anyhow!("the thread that stops it panicked"))))
+            .map(|result| {
+                result.unwrap_or_else(|_| Err(anyhow!("the thread that stops it panicked")))
+            })
             .collect()
     });
     let mut results = results.into_iter();
@@ -91,7 +93,9 @@ pub fn remove(names: &[Name], force: bool) -> Result<ExitCode> {
         store.check_exists(name)?;
         if store.is_owned(name) {
             if !force {
-                bail!("machine {name} is running: stop it first, or remove it with `mvm rm -f {name}`");
+                bail!(
+                    "machine {name} is running: stop it first, or remove it with `mvm rm -f {name}`"
+                );
             }
             end_by_force(&store, name)?;
         }
@@ -118,7 +122,9 @@ pub fn rename(from: &Name, to: &Name) -> Result<ExitCode> {
 /// `mvm pause`, `mvm resume`: an operation of nothing but the machine itself.
 pub fn ask_each(names: &[Name], op: &Op) -> Result<ExitCode> {
     let store = Store::open()?;
-    each(names, |name| client::ask(&store, name, op.clone()).map(drop))
+    each(names, |name| {
+        client::ask(&store, name, op.clone()).map(drop)
+    })
 }
 
 /// Does `what` with each machine and prints its name; a failure is told and does not keep it from the others.
@@ -190,7 +196,9 @@ fn end_by_force(store: &Store, name: &Name) -> Result<()> {
     tracing::debug!("the owner of machine {name} is killed: {error:#}");
     let owner = || -> Result<u32> {
         let owner = store.owner(name)?;
-        Ok(owner.with_context(|| format!("nobody knows who owns machine {name}"))?.pid)
+        Ok(owner
+            .with_context(|| format!("nobody knows who owns machine {name}"))?
+            .pid)
     };
     let pid = owner()?;
     let process = i32::try_from(pid).ok().and_then(Pid::from_raw);
@@ -202,8 +210,9 @@ fn end_by_force(store: &Store, name: &Name) -> Result<()> {
     };
     // The lock is still held and the process the same, so it is not another one of that number.
     if store.is_owned(name) && owner()? == pid {
-        pidfd_send_signal(&process, Signal::KILL)
-            .with_context(|| format!("process {pid}, which owns machine {name}, cannot be killed"))?;
+        pidfd_send_signal(&process, Signal::KILL).with_context(|| {
+            format!("process {pid}, which owns machine {name}, cannot be killed")
+        })?;
     }
     await_release(store, name, RELEASE)
 }

@@ -34,7 +34,8 @@ fn show(stream: Stream, data: &[u8]) -> Result<()> {
         }
         Stream::Stderr => copy::write_all(rustix::stdio::stderr(), data),
         Stream::Note => {
-            let note = [b"mvm: ", data].concat();
+            let sentence = data.trim_ascii_end();
+            let note = [b"mvm: ", sentence, b"\n"].concat();
             copy::write_all(rustix::stdio::stderr(), &note)
         }
     }

@@ -18,7 +18,9 @@ pub fn run(command: PortCommand) -> Result<ExitCode> {
     match command {
         PortCommand::Add { name, ports } => {
             if let Some(wide) = ports.iter().find(|port| port.is_wide()) {
-                eprintln!("mvm: {wide} lets other computers reach the guest, not just programs of this one");
+                eprintln!(
+                    "mvm: {wide} lets other computers reach the guest, not just programs of this one"
+                );
             }
             let publish = typed(&ports);
             table::print(&lines(&forwards(&name, Op::PortAdd { publish })?))?;

@@ -41,7 +41,7 @@ pub fn run(all: bool, format: Format) -> Result<ExitCode> {
     match format {
         Format::Json => table::print_json(&surveys.into_iter().map(row).collect::<Vec<_>>())?,
         Format::Table => table::print(&listed(&surveys).text())?,
-    }
+    };
     Ok(ExitCode::SUCCESS)
 }
 

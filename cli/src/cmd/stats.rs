@@ -46,7 +46,9 @@ pub fn run(names: &[Name], no_stream: bool, format: Format) -> Result<ExitCode> 
             .iter()
             .map(|(name, stats)| Row {
                 name,
-                cpu_percent: before.get(name).map_or(0.0, |before| percent(before, stats)),
+                cpu_percent: before
+                    .get(name)
+                    .map_or(0.0, |before| percent(before, stats)),
                 stats,
             })
             .collect();
@@ -56,7 +58,11 @@ pub fn run(names: &[Name], no_stream: bool, format: Format) -> Result<ExitCode> 
             Format::Json => format!("{}\n", serde_json::to_string(&rows)?),
             Format::Table => shown(&rows).text(),
         };
-        if !table::print(&if clear { format!("{CLEAR}{text}") } else { text })? {
+        if !table::print(&if clear {
+            format!("{CLEAR}{text}")
+        } else {
+            text
+        })? {
             return Ok(ExitCode::SUCCESS);
         }
         if no_stream {
@@ -104,7 +110,16 @@ fn percent(before: &Stats, now: &Stats) -> f64 {
 
 fn shown(rows: &[Row<'_>]) -> Table {
     let mut table = Table::new(&[
-        "NAME", "CPU", "MEMORY", "OF", "DISK READ", "WRITTEN", "NET IN", "OUT", "VSOCK IN", "OUT",
+        "NAME",
+        "CPU",
+        "MEMORY",
+        "OF",
+        "DISK READ",
+        "WRITTEN",
+        "NET IN",
+        "OUT",
+        "VSOCK IN",
+        "OUT",
         "FORWARDED",
     ]);
     for Row {

@@ -46,7 +46,9 @@ impl Client {
                         patience,
                     });
                 }
-                Err(error) if is_absent(&error) && store.is_owned(name) && Instant::now() < deadline => {
+                Err(error)
+                    if is_absent(&error) && store.is_owned(name) && Instant::now() < deadline =>
+                {
                     thread::sleep(POLL);
                 }
                 Err(error) => return Err(unreachable(store, name, error)),
@@ -120,11 +122,6 @@ impl Client {
             "the process that owns machine {} answered something else: {answer:?}",
             self.name
         )
-    }
-
-    /// The connection itself, to be watched for its end.
-    pub fn stream(&self) -> &UnixStream {
-        &self.stream
     }
 }
 

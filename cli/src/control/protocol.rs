@@ -285,6 +285,9 @@ pub struct Inspection {
     /// The port of the SOCKS proxy, where there is one.
     #[serde(default)]
     pub socks: Option<u16>,
+    /// Where commands in the guest find the caller's SSH agent, where they may use it.
+    #[serde(default)]
+    pub ssh_agent: Option<Bytes>,
     /// Anything else, for people.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub notes: BTreeMap<String, String>,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use agent::protocol::{self, Exec, FromSession, Hello, Refusal};
+use agent::protocol::{self, Exec, FromSession, Hello};
 use anyhow::{Context, Result, anyhow, bail};
 use signal_hook::consts::{SIGKILL, SIGTERM, SIGWINCH};
 
@@ -13,6 +13,7 @@ use super::{Mode, Owned, declare};
 use crate::console::Tail;
 use crate::control::protocol::State;
 use crate::event::Event;
+use crate::foreground::{ignore_gone, refusal_code};
 use crate::instance::Ended;
 use crate::link::{self, Link};
 use crate::session::{Output, Session};
@@ -368,21 +369,5 @@ impl Attendant {
             return anyhow!("{message}");
         }
         anyhow!("{message}\nFrom its console:\n  {}", lines.join("\n  "))
-    }
-}
-
-/// What is said to a session that has just ended is of no interest to anybody.
-fn ignore_gone(result: std::io::Result<()>) {
-    if let Err(error) = result {
-        tracing::debug!("the session has gone: {error}");
-    }
-}
-
-/// The exit code of a command that could not be started, as shells give it.
-pub fn refusal_code(reason: Refusal) -> i32 {
-    match reason {
-        Refusal::NotFound => 127,
-        Refusal::NotExecutable => 126,
-        Refusal::Other => 125,
     }
 }

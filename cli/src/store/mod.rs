@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 
 pub use claim::Claim;
 pub use definition::{Bytes, Changes, Definition, Ending, Timestamp, VERSION};
-pub use name::{Name, NameError};
+pub use name::Name;
 
 use crate::dirs;
 use crate::lock::{self, Lock};

@@ -1,0 +1,118 @@
+//! `mvm exec` and `mvm shell`: another command in a machine that runs.
+
+use std::env;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use agent::protocol::Exec;
+use anyhow::{Context, Result, anyhow};
+
+use crate::args::machine::{ExecArgs, ShellArgs};
+use crate::control::client::Client;
+use crate::control::protocol::{Answer, Op};
+use crate::event;
+use crate::foreground::{self, Lost};
+use crate::link::Link;
+use crate::session::{self, Output, Session};
+use crate::store::{Bytes, Name, Standing, Store};
+use crate::{resolve, terminal};
+
+/// Between a signal and the end of patience.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// Where the caller's SSH agent is, on the host and in guests that may use it.
+const SSH_AUTH_SOCK: &str = "SSH_AUTH_SOCK";
+
+/// Runs the command and returns its exit code.
+pub fn run(args: &ExecArgs) -> Result<ExitCode> {
+    attend(
+        &args.name,
+        Exec {
+            session: session::fresh_id(),
+            argv: args
+                .command
+                .iter()
+                .map(|word| word.as_bytes().to_vec())
+                .collect(),
+            env: resolve::environment(&args.env, args.tty),
+            clear_env: false,
+            cwd: args.workdir.clone().map(OsStringExt::into_vec),
+            cwd_or_home: false,
+            user: args.user.clone(),
+            terminal: args.tty.then(terminal::window_size),
+            stdin: args.interactive,
+            in_initramfs: false,
+        },
+    )
+}
+
+/// Opens a shell and returns its exit code.
+pub fn shell(args: &ShellArgs) -> Result<ExitCode> {
+    let on_terminal = terminal::stdin_is_terminal();
+    let here = env::current_dir().ok().map(|dir| dir.into_os_string());
+    attend(
+        &args.name,
+        Exec {
+            session: session::fresh_id(),
+            argv: Vec::new(),
+            env: resolve::environment(&[], on_terminal),
+            clear_env: false,
+            cwd: args.workdir.clone().or(here).map(OsStringExt::into_vec),
+            cwd_or_home: args.workdir.is_none(),
+            user: args.user.clone(),
+            terminal: on_terminal.then(terminal::window_size),
+            stdin: true,
+            in_initramfs: false,
+        },
+    )
+}
+
+fn attend(name: &Name, mut exec: Exec) -> Result<ExitCode> {
+    let store = Store::open()?;
+    if let Some(path) = offer_ssh_agent(&store, name)? {
+        exec.env.insert(0, (SSH_AUTH_SOCK.into(), path.0));
+    }
+    let (events, inbox) = mpsc::channel();
+    event::watch_signals(events.clone()).context("signals cannot be watched")?;
+    let link = Link::Owned(store.clone(), name.clone());
+    let session = Session::start(&link, exec, &Output::Stdio, &events)?;
+    foreground::attend(session, &inbox, GRACE, |why| match why {
+        Lost::Ended => ended(&store, name),
+        Lost::Stuck => anyhow!(
+            "the command did not end within {} s of a signal",
+            GRACE.as_secs()
+        ),
+    })
+}
+
+/// Where the command finds the caller's SSH agent, in a machine that may use it: that of this process, from now
+/// on, as the one from before may be gone.
+fn offer_ssh_agent(store: &Store, name: &Name) -> Result<Option<Bytes>> {
+    let mut client = Client::connect(store, name)?;
+    let machine = match client.ask(Op::Inspect)? {
+        Answer::Inspection(machine) => machine,
+        answer => return Err(client.unexpected(&answer)),
+    };
+    if let Some(own) = env::var_os(SSH_AUTH_SOCK)
+        && machine.ssh_agent.is_some()
+    {
+        let path = Some(own.into());
+        client.ask(Op::SshAgent { path })?;
+    }
+    Ok(machine.ssh_agent)
+}
+
+/// Why the connection to the command ended before the command did.
+fn ended(store: &Store, name: &Name) -> anyhow::Error {
+    match store.standing(name) {
+        Ok(Standing::Ended(ending)) => match ending.error {
+            Some(error) => anyhow!("machine {name} failed before the command ended: {error}"),
+            None => anyhow!("machine {name} ended before the command did"),
+        },
+        Ok(Standing::Killed) => anyhow!("machine {name} was killed before the command ended"),
+        Ok(Standing::Owned) => anyhow!("the connection to machine {name} broke: it may be ending"),
+        Err(error) => error.context(format!("machine {name} ended before the command did")),
+    }
+}
