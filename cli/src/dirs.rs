@@ -7,12 +7,17 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::accel;
+
 /// The directory for sockets and locks: `$XDG_RUNTIME_DIR/mvm`, else `/tmp/mvm-UID`.
 ///
 /// It is made with mode 0700. One that belongs to somebody else or lets others in is refused: another
 /// user of the host could have put it there.
 pub fn runtime() -> Result<PathBuf> {
     let uid = rustix::process::getuid().as_raw();
+    if let Some(dir) = own_to_outer(uid)? {
+        return Ok(dir);
+    }
     let dir = match env::var_os("XDG_RUNTIME_DIR").map(PathBuf::from) {
         Some(dir) if dir.is_absolute() && dir.is_dir() => dir.join("mvm"),
         _ => PathBuf::from(format!("/tmp/mvm-{uid}")),
@@ -25,6 +30,9 @@ pub fn runtime() -> Result<PathBuf> {
 ///
 /// It is made with mode 0700, and refused as [`runtime`] is.
 pub fn state() -> Result<PathBuf> {
+    if let Some(dir) = own_to_outer(rustix::process::getuid().as_raw())? {
+        return Ok(dir);
+    }
     let base = match env::var_os("XDG_STATE_HOME").map(PathBuf::from) {
         Some(dir) if dir.is_absolute() => dir,
         _ => match env::var_os("HOME").map(PathBuf::from) {
@@ -40,6 +48,16 @@ pub fn state() -> Result<PathBuf> {
     let dir = base.join("mvm");
     private_dir(&dir, rustix::process::getuid().as_raw(), "XDG_STATE_HOME")?;
     Ok(dir)
+}
+
+/// In the outer Linux, a directory of its own: neither sockets nor locks are shared with the host's.
+fn own_to_outer(uid: u32) -> Result<Option<PathBuf>> {
+    if !accel::is_outer() {
+        return Ok(None);
+    }
+    let dir = PathBuf::from(format!("/dev/mvm-{uid}"));
+    private_dir(&dir, uid, "another directory")?;
+    Ok(Some(dir))
 }
 
 /// Makes `dir` with mode 0700 where it is missing. `variable` can be set to have another one.

@@ -36,6 +36,13 @@ impl Output {
         }
     }
 
+    /// Waits, not for long, until all that was taken is where it belongs.
+    pub fn flush(&self) {
+        if let Self::Record(log) = self {
+            log.flush();
+        }
+    }
+
     fn take(&self, kind: StreamKind, data: &[u8]) -> io::Result<()> {
         match (self, kind) {
             (Self::Stdio, StreamKind::Stderr) => copy::write_all(rustix::stdio::stderr(), data)?,

@@ -121,6 +121,22 @@ pub enum MachineCommand {
     /// Publish ports of a running machine
     #[command(subcommand)]
     Port(PortCommand),
+    /// Connect standard input and output to a port of the machine, for an SSH client's ProxyCommand
+    Connect {
+        /// The machine
+        name: Name,
+        /// The port, of the machine's own loopback
+        #[arg(value_parser = clap::value_parser!(u16).range(1..))]
+        port: u16,
+    },
+    /// Print what an SSH client needs to know of a machine, for its configuration file
+    SshConfig {
+        /// The machine
+        name: Name,
+        /// Who logs in
+        #[arg(short, long, default_value = "root")]
+        user: String,
+    },
 }
 
 /// `mvm exec`.

@@ -1,6 +1,5 @@
 //! `mvm connect`: standard input and output are a connection to a port of the machine, as an SSH
 //! client's ProxyCommand wants them.
-#![cfg_attr(not(test), expect(dead_code, reason = "the verb is not there yet"))]
 
 use std::io;
 use std::os::fd::BorrowedFd;

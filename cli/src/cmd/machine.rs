@@ -4,9 +4,11 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-use super::{exec, inspect, lifecycle, logs, port, ps, stats};
+use super::{connect, exec, inspect, lifecycle, logs, port, ps, ssh_config, stats};
 use crate::args::machine::MachineCommand;
+use crate::control::client;
 use crate::control::protocol::Op;
+use crate::store::Store;
 
 /// Runs one of the verbs.
 pub fn run(command: MachineCommand) -> Result<ExitCode> {
@@ -31,5 +33,12 @@ pub fn run(command: MachineCommand) -> Result<ExitCode> {
         MachineCommand::Pause { names } => lifecycle::ask_each(&names, &Op::Pause),
         MachineCommand::Resume { names } => lifecycle::ask_each(&names, &Op::Resume),
         MachineCommand::Port(command) => port::run(command),
+        MachineCommand::Connect { name, port } => {
+            connect::run(|| client::agent(name.as_str()), name.as_str(), port)
+        }
+        MachineCommand::SshConfig { name, user } => {
+            Store::open()?.check_exists(&name)?;
+            ssh_config::run(name.as_str(), &user)
+        }
     }
 }

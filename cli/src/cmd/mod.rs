@@ -1,7 +1,7 @@
 //! The verbs.
 
 pub mod accel;
-pub mod connect;
+mod connect;
 pub mod console;
 pub mod cp;
 pub mod doctor;
@@ -14,5 +14,5 @@ pub mod machine;
 mod port;
 mod ps;
 pub mod run;
-pub mod ssh_config;
+mod ssh_config;
 mod stats;

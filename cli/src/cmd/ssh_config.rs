@@ -1,5 +1,4 @@
 //! `mvm ssh-config`: what an SSH client needs to know of a machine, for its configuration file.
-#![expect(dead_code, reason = "the verb is not there yet")]
 
 use std::env;
 use std::io::{self, Write};

@@ -29,14 +29,6 @@ const MESSAGE: Duration = Duration::from_secs(10);
 /// How long a connection may stay without a request.
 const IDLE: Duration = Duration::from_secs(60);
 
-/// What connections are given; tests have less of it.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Limits {
-    pub message: Duration,
-    pub idle: Duration,
-    pub connections: usize,
-}
-
 /// How long replies may take when the server ends.
 const FAREWELL: Duration = Duration::from_secs(5);
 

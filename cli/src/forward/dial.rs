@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
+#[cfg(test)]
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -36,21 +37,13 @@ impl Forwarder {
     }
 
     /// The same, waiting for the end of it. Not for the forwarder's own thread.
+    #[cfg(test)]
     pub fn dial_and_wait(&self, target: Target) -> Result<Dialed, DialError> {
         let (sender, answer) = mpsc::sync_channel(1);
         self.dial(target, move |result| drop(sender.send(result)));
         // The forwarder answers in time, or drops what it would answer with.
         let ended = |_| DialError::Other("the machine has ended".to_owned());
         answer.recv().map_err(ended)?
-    }
-
-    /// Makes `stream` (TCP or Unix) one with a new connection to `target` in the guest, at once and without
-    /// waiting: where it cannot be reached, `stream` is reset.
-    ///
-    /// Fails where the machine is not up, and `stream` is closed.
-    pub fn join(&self, target: Target, stream: impl Into<OwnedFd>) -> io::Result<()> {
-        self.guest()?
-            .join(frame(&Open::Dial(target))?, stream.into())
     }
 
     /// Opens a connection for datagrams, without waiting: [`agent::protocol::Datagram`] both ways, framed.
@@ -84,6 +77,7 @@ impl Dialed {
     /// half-closes and resets as they are.
     ///
     /// Fails where the machine has ended in the meantime, and `stream` is closed.
+    #[cfg(test)]
     pub fn attach(self, stream: impl Into<OwnedFd>) -> io::Result<()> {
         self.attach_after(&[], stream)
     }

@@ -180,7 +180,6 @@ impl Hub {
     fn carry_out(&mut self, command: Command) {
         match command {
             Command::Attach(guest, control) => self.attach(guest, control),
-            Command::Detach => self.detach(),
             Command::Publish(publish, reply) => drop(reply.send(self.publish(&publish))),
             Command::Remove(publish, reply) => drop(reply.send(self.remove(&publish))),
             Command::SetAuto(auto) => self.set_auto(auto),

@@ -16,11 +16,6 @@
 //! One thread does all of it (`hub`), and no byte of a TCP connection passes through it: an accepted
 //! connection is joined to one of the guest by whoever moves bytes to and from guest memory ([`Guest`]).
 //! What is removed takes no more connections; those that run go on.
-#![expect(
-    dead_code,
-    unused_imports,
-    reason = "the verbs that forward ports are not there yet"
-)]
 
 mod announce;
 mod auto;
@@ -55,7 +50,7 @@ use agent::protocol::{AGENT_PORT, MAX_FRAME, Open, Target, ToForwarder};
 use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
 
-pub use self::announce::{Announce, Announcement};
+pub use self::announce::Announcement;
 pub use self::auto::Auto;
 pub use self::dial::{DialDone, Dialed};
 use self::error::BindError;
@@ -159,7 +154,6 @@ type Reply<T> = SyncSender<T>;
 /// What is asked of the forwarder's thread.
 enum Command {
     Attach(Arc<dyn Guest>, UnixStream),
-    Detach,
     Publish(Publish, Reply<Result<Vec<Forward>, BindError>>),
     Remove(Publish, Reply<Vec<Forward>>),
     SetAuto(Option<Auto>),
@@ -224,13 +218,6 @@ impl Forwarder {
         *lock(&self.shared.guest) = Some(guest.clone());
         let _ = self.send(Command::Attach(guest, control));
         Ok(())
-    }
-
-    /// Gives the agent up: nothing is reached until the next [`Forwarder::attach`]. A connection that the
-    /// agent closes has the same effect.
-    pub fn detach(&self) {
-        *lock(&self.shared.guest) = None;
-        let _ = self.send(Command::Detach);
     }
 
     /// Publishes ports of the guest, all of them or none.

@@ -82,6 +82,13 @@ impl Attendant {
 
     /// Stays until the machine is to end; returns the exit code.
     pub fn attend(&mut self) -> Result<i32> {
+        let code = self.attend_machine();
+        // Whoever waits for the end finds all the output.
+        self.output.flush();
+        code
+    }
+
+    fn attend_machine(&mut self) -> Result<i32> {
         if self.machine.args.console || self.machine.args.initrd.is_some() {
             return self.attend_console();
         }

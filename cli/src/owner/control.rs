@@ -58,8 +58,7 @@ impl Owner for Owned {
                 .as_ref()
                 .and_then(|proxy| proxy.addresses().first())
                 .map(|address| address.port()),
-            ssh_agent: declare::ssh_agent_path(args)
-                .map(|path| path.as_os_str().to_owned().into()),
+            ssh_agent: declare::ssh_agent_path(args).map(|path| path.as_os_str().to_owned().into()),
             notes: Default::default(),
         }
     }

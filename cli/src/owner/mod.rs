@@ -30,7 +30,6 @@ use crate::session::Output;
 use crate::store::{Claim, Ending, Name, Timestamp};
 use crate::timing::Timing;
 
-
 /// Who is there while the machine runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Mode {
