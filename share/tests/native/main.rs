@@ -2,7 +2,9 @@
 //! mounted here, these tests say so and pass.
 
 mod basic;
+mod data;
 mod mount;
+mod names;
 
 use std::path::PathBuf;
 

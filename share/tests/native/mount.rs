@@ -70,23 +70,23 @@ impl Mounted {
     /// Mounts what `source` is at `at`; nothing where this machine does not let us.
     pub fn of(source: &Path, at: &Path, options: Options, ids: Option<(u32, u32)>) -> Option<Self> {
         let device = open_device()?;
-        let (sender, receiver) = mpsc::channel();
-        let shared = source.to_owned();
-        let queues: Vec<_> = (1..THREADS).map(|_| clone(&device)).collect();
-        let fd = device.as_raw_fd();
+        let (shared, opened) = mpsc::channel();
+        let (mounted, queues) = mpsc::channel::<File>();
+        let path = source.to_owned();
         thread::spawn(move || {
             if let Some((uid, gid)) = ids {
                 become_user(uid, gid);
             }
-            let share = Arc::new(Share::open(&shared, options).unwrap());
-            sender.send(share.clone()).unwrap();
-            for queue in [device].into_iter().chain(queues) {
+            let share = Arc::new(Share::open(&path, options).unwrap());
+            shared.send(share.clone()).unwrap();
+            for queue in queues {
                 let share = share.clone();
                 thread::spawn(move || serve(&share, &Device(queue)).unwrap());
             }
         });
-        let share = receiver.recv().unwrap();
+        let share = opened.recv().unwrap();
         let mode = share.root_mode().unwrap() & 0o170_000;
+        let fd = device.as_raw_fd();
         let data = format!(
             "fd={fd},rootmode={mode:o},user_id=0,group_id=0,allow_other,default_permissions"
         );
@@ -96,6 +96,10 @@ impl Mounted {
             skip(&format!("FUSE cannot be mounted: {error}"));
             return None;
         }
+        for _ in 1..THREADS {
+            mounted.send(clone(&device)).unwrap();
+        }
+        mounted.send(device).unwrap();
         Some(Self {
             source: source.to_owned(),
             at: at.to_owned(),
@@ -133,11 +137,8 @@ fn clone(device: &File) -> File {
     let fd = device.as_raw_fd();
     // SAFETY: the ioctl reads one number, which outlives the call.
     let outcome = unsafe { libc::ioctl(queue.as_raw_fd(), FUSE_DEV_IOC_CLONE, &raw const fd) };
-    // Before it is mounted there is no connection to clone: threads may read one queue as well.
-    match outcome {
-        0 => queue,
-        _ => device.try_clone().unwrap(),
-    }
+    assert_eq!(outcome, 0, "{}", io::Error::last_os_error());
+    queue
 }
 
 /// Makes this thread, and those it starts, ones of a user without privileges.
