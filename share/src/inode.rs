@@ -18,6 +18,7 @@ use rustix::io::Errno;
 
 use crate::host::{self, Key, Stat};
 use crate::owner::Override;
+use crate::watch::Watch;
 use crate::wire::ROOT_ID;
 
 /// How many directories deep a path may be. Linux has no such limit, but paths of 4096 bytes.
@@ -70,9 +71,21 @@ pub(crate) struct Inode {
     pub privileged: AtomicBool,
     /// What it is to the guest, where the host cannot remember it.
     pub remembered: Mutex<Option<Override>>,
+    /// Of a directory: whether it is watched.
+    pub watch: Mutex<Watch>,
 }
 
 impl Inode {
+    /// Whether it is a directory that is watched.
+    pub fn is_watched(&self) -> bool {
+        matches!(*lock(&self.watch), Watch::As(_))
+    }
+
+    /// The descriptor, if there is one at the moment.
+    pub fn held(&self) -> Option<Arc<Held>> {
+        lock(&self.held).clone()
+    }
+
     /// Where it was found last; nothing for the root and for what has lost its name.
     pub fn place(&self) -> Option<Place> {
         lock(&self.place).clone()
@@ -151,6 +164,7 @@ impl Inodes {
             handles: AtomicU32::new(0),
             privileged: AtomicBool::new(false),
             remembered: Mutex::new(None),
+            watch: Mutex::default(),
         }
     }
 
@@ -243,37 +257,40 @@ impl Inodes {
         Ok(inode)
     }
 
-    /// The guest forgets `count` of the times it was told of an inode.
-    pub fn forget(&self, id: u64, count: u64) {
+    /// The guest forgets `count` of the times it was told of an inode; returns it where it knows it no
+    /// more.
+    pub fn forget(&self, id: u64, count: u64) -> Option<Arc<Inode>> {
         if id == ROOT_ID {
-            return;
+            return None;
         }
         let mut table = self.write();
-        let Some(inode) = table.by_id.get(&id) else {
-            return;
-        };
+        let inode = table.by_id.get(&id)?;
         let left = inode.lookups.load(Ordering::Relaxed).saturating_sub(count);
         inode.lookups.store(left, Ordering::Relaxed);
         if left > 0 {
-            return;
+            return None;
         }
         let key = inode.key;
         let gone = table.by_id.remove(&id);
         if table.by_key.get(&key) == Some(&id) {
             table.by_key.remove(&key);
         }
-        drop(table);
-        // Closes the descriptor, which may take its time, with no lock held.
-        drop(gone);
+        // Its descriptor is closed by the caller, which may take its time, with no lock held.
+        gone
     }
 
-    /// Forgets all but the root.
-    pub fn clear(&self) {
+    /// Forgets all but the root, and returns what was forgotten.
+    pub fn clear(&self) -> Vec<Arc<Inode>> {
         let mut table = self.write();
-        let gone: Vec<_> = table.by_id.extract_if(|id, _| *id != ROOT_ID).collect();
+        let gone = table.by_id.extract_if(|id, _| *id != ROOT_ID);
+        let gone = gone.map(|(_, inode)| inode).collect();
         table.by_key.retain(|_, id| *id == ROOT_ID);
-        drop(table);
-        drop(gone);
+        gone
+    }
+
+    /// All that the guest knows.
+    pub fn all(&self) -> Vec<Arc<Inode>> {
+        self.read().by_id.values().cloned().collect()
     }
 
     /// How many inodes the guest knows.

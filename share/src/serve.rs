@@ -27,6 +27,7 @@ pub fn serve(share: &Share, channel: &dyn Channel) -> io::Result<()> {
             return Ok(());
         }
         let message = request.get(..length).unwrap_or_default();
+        let _telling = share.telling(message);
         let (answer, bytes) = dispatch(share, message, &mut reply);
         if answer == Answer::Reply {
             match channel.send(&[IoSlice::new(bytes)]) {

@@ -28,7 +28,8 @@ impl Share {
     fn attr_out(&self, inode: &Inode, held: &Held) -> Result<AttrOut, Errno> {
         let stat = Stat::fd(held.as_fd())?;
         let over = self.owners.recall(inode, held);
-        let validity = self.validity();
+        let watched = self.is_watched_above(inode);
+        let validity = self.validity(self.is_told_of(inode, &stat, watched));
         Ok(AttrOut {
             attr_valid: validity.as_secs(),
             attr_valid_nsec: validity.subsec_nanos(),
@@ -49,7 +50,8 @@ impl Share {
         };
         let of = |t: rustix::fs::StatxTimestamp| time(t.tv_sec, t.tv_nsec);
         let birth = stat.birth.map(|(sec, nsec)| time(sec, nsec));
-        let validity = self.validity();
+        let watched = self.is_watched_above(&inode);
+        let validity = self.validity(self.is_told_of(&inode, &stat, watched));
         Ok(StatxOut {
             attr_valid: validity.as_secs(),
             attr_valid_nsec: validity.subsec_nanos(),

@@ -29,6 +29,8 @@ pub(super) struct Making {
     umask: Mode,
     /// Whose it is in the guest.
     ids: Ids,
+    /// Whether the directory is watched.
+    watched: bool,
 }
 
 impl Making {
@@ -44,21 +46,22 @@ impl Making {
 
 impl Share {
     pub(crate) fn lookup(&self, parent: u64, name: &CStr) -> Result<EntryOut, Errno> {
-        let (_, dir) = self.dir(parent)?;
+        let (parent_inode, dir) = self.dir(parent)?;
+        let watched = self.watch_dir(&parent_inode, &dir);
         let stat = match Stat::at(dir.as_fd(), name) {
-            Err(Errno::NOENT) => return Ok(self.absent()),
+            Err(Errno::NOENT) => return Ok(self.absent(watched)),
             outcome => outcome?,
         };
         let inode = self.enter(parent, dir.as_fd(), name, &stat)?;
         let over = self
             .owners
             .recall_at(dir.as_fd(), name, &stat, Some(&inode));
-        Ok(self.entry(&inode, &stat, &over))
+        Ok(self.entry(&inode, &stat, &over, watched))
     }
 
-    /// There is no such name, and for how long that may be believed.
-    fn absent(&self) -> EntryOut {
-        let validity = self.validity();
+    /// There is no such name in a directory that is `watched` or not.
+    fn absent(&self, watched: bool) -> EntryOut {
+        let validity = self.validity(watched);
         EntryOut {
             entry_valid: validity.as_secs(),
             entry_valid_nsec: validity.subsec_nanos(),
@@ -67,7 +70,19 @@ impl Share {
     }
 
     pub(crate) fn forget(&self, id: u64, count: u64) {
-        self.inodes.forget(id, count);
+        if let Some(inode) = self.inodes.forget(id, count) {
+            self.forgotten(&inode);
+        }
+    }
+
+    /// The guest knows nothing of `inode` any more.
+    pub(super) fn forgotten(&self, inode: &Arc<Inode>) {
+        if let Some(watcher) = &self.watcher
+            && inode.is_watched()
+        {
+            let held = inode.held().or_else(|| self.inodes.hold(inode).ok());
+            watcher.remove(inode, held.as_deref());
+        }
     }
 
     pub(crate) fn readlink(&self, id: u64, reply: &mut Reply) -> Result<(), Errno> {
@@ -109,6 +124,7 @@ impl Share {
             remembered: (added, taken),
             umask: Mode::from_raw_mode(umask & !taken),
             ids,
+            watched: self.watch_dir(parent, dir),
         })
     }
 
@@ -157,7 +173,7 @@ impl Share {
             .and_then(|held| self.own_new(&inode, &held, making.ids, making.remembered));
         match owned {
             Ok((stat, over)) => {
-                let entry = self.entry(&inode, &stat, &over);
+                let entry = self.entry(&inode, &stat, &over, making.watched && place.is_some());
                 Ok((inode, entry))
             }
             Err(errno) => {
@@ -241,14 +257,15 @@ impl Share {
         if inode.kind == FileType::Directory {
             return Err(Errno::PERM);
         }
-        let (_, dir) = self.dir(parent)?;
+        let (parent_inode, dir) = self.dir(parent)?;
+        let watched = self.watch_dir(&parent_inode, &dir);
         self.lend(dir.as_fd(), 0o700, || {
             self.fds.link(held.as_fd(), dir.as_fd(), name)
         })?;
         let stat = Stat::fd(held.as_fd())?;
         self.inodes.enter_known(&inode, parent, name)?;
         let over = self.owners.recall(&inode, &held);
-        Ok(self.entry(&inode, &stat, &over))
+        Ok(self.entry(&inode, &stat, &over, watched))
     }
 
     pub(crate) fn unlink(&self, parent: u64, name: &CStr) -> Result<(), Errno> {

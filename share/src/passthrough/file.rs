@@ -9,7 +9,7 @@ use rustix::io::Errno;
 
 use super::{Cache, Caller, MAX_TRANSFER, Share};
 use crate::handle::Handle;
-use crate::host;
+use crate::host::{self, Stat};
 use crate::inode::Inode;
 use crate::message::Reply;
 use crate::wire::{
@@ -64,11 +64,11 @@ impl Share {
 
     /// A new handle for what was opened.
     fn opened(&self, inode: Arc<Inode>, file: OwnedFd) -> Result<OpenOut, Errno> {
-        let handle = Handle::new(inode, file);
-        let keep = match self.options.cache {
-            Cache::Private => fopen::KEEP_CACHE | fopen::CACHE_DIR,
-            Cache::Auto | Cache::Strict => 0,
+        let keep = match self.is_told_of_data(&inode, &file)? {
+            true => fopen::KEEP_CACHE | fopen::CACHE_DIR,
+            false => 0,
         };
+        let handle = Handle::new(inode, file);
         Ok(OpenOut {
             fh: self.handles.add(handle)?,
             open_flags: keep | fopen::PARALLEL_DIRECT_WRITES,
@@ -76,9 +76,23 @@ impl Share {
         })
     }
 
+    /// Whether the guest may keep what it has of a file's data, or of a directory's entries.
+    fn is_told_of_data(&self, inode: &Inode, file: &OwnedFd) -> Result<bool, Errno> {
+        match self.options.cache {
+            Cache::Strict => Ok(false),
+            Cache::Private => Ok(true),
+            Cache::Auto if inode.kind == FileType::Directory => Ok(inode.is_watched()),
+            Cache::Auto => {
+                let watched = self.is_watched_above(inode);
+                Ok(watched && self.is_told_of(inode, &Stat::fd(file.as_fd())?, watched))
+            }
+        }
+    }
+
     pub(crate) fn open_dir(&self, id: u64) -> Result<OpenOut, Errno> {
         self.handles.check_room()?;
         let (inode, dir) = self.dir(id)?;
+        self.watch_dir(&inode, &dir);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let file = self.open_again(&inode, &dir, flags)?;
         self.opened(inode, file)

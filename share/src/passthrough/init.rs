@@ -78,8 +78,10 @@ impl Share {
         };
         let cache = match self.options.cache {
             // What changes is told, so nothing is to be guessed from a file's times.
-            Cache::Auto => init::AUTO_INVAL_DATA,
-            Cache::Strict => init::AUTO_INVAL_DATA,
+            Cache::Auto if self.watcher.is_some() => {
+                init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS
+            }
+            Cache::Auto | Cache::Strict => init::AUTO_INVAL_DATA,
             Cache::Private => {
                 init::WRITEBACK_CACHE | init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS
             }
@@ -90,7 +92,9 @@ impl Share {
     /// The guest's kernel has let go of everything.
     pub(crate) fn forget_all(&self) {
         self.handles.clear();
-        self.inodes.clear();
+        for inode in self.inodes.clear() {
+            self.forgotten(&inode);
+        }
         self.agreed.store(0, Ordering::Relaxed);
     }
 }

@@ -9,6 +9,7 @@ mod entry;
 mod file;
 mod init;
 mod readdir;
+mod told;
 mod xattr;
 
 use std::ffi::CStr;
@@ -27,6 +28,7 @@ use crate::handle::Handles;
 use crate::host::{Descriptors, Key, Stat};
 use crate::inode::{Held, Inode, Inodes};
 use crate::owner::{Ids, Override, Owner, Owners, SUID_SGID};
+use crate::watch::Watcher;
 use crate::wire::{Attr, EntryOut, ROOT_ID};
 
 /// The largest piece of a file that one request reads or writes, bytes.
@@ -152,6 +154,8 @@ pub struct Share {
     fds: Descriptors,
     inodes: Inodes,
     handles: Handles,
+    /// Where the guest is told of changes.
+    watcher: Option<Watcher>,
     /// What was agreed on with the guest's kernel: flags of [`crate::wire::init`].
     agreed: AtomicU64,
 }
@@ -180,6 +184,7 @@ impl Share {
             fds,
             inodes: Inodes::new(root, &stat, limits.inodes, limits.descriptors),
             handles: Handles::new(limits.handles),
+            watcher: open_watcher(options.cache),
             agreed: AtomicU64::new(0),
             options,
         })
@@ -202,7 +207,7 @@ impl Share {
     }
 
     /// Whether the guest's kernel agreed on a flag of [`crate::wire::init`].
-    fn has(&self, flag: u64) -> bool {
+    pub(crate) fn has(&self, flag: u64) -> bool {
         self.agreed.load(Ordering::Relaxed) & flag != 0
     }
 
@@ -232,27 +237,54 @@ impl Share {
         Ok((inode, held))
     }
 
-    /// How long the guest may believe what it is told.
-    fn validity(&self) -> Duration {
-        match self.options.cache {
-            Cache::Auto => BRIEFLY,
-            Cache::Strict => Duration::ZERO,
-            Cache::Private => FOREVER,
+    /// How long the guest may believe what it is told; `told` is whether it would be told otherwise.
+    fn validity(&self, told: bool) -> Duration {
+        match (self.options.cache, told) {
+            (Cache::Strict, _) => Duration::ZERO,
+            (Cache::Auto, false) => BRIEFLY,
+            (Cache::Auto, true) | (Cache::Private, _) => FOREVER,
         }
     }
 
-    /// A reply for a name that stands for `inode`.
-    fn entry(&self, inode: &Inode, stat: &Stat, over: &Override) -> EntryOut {
-        let validity = self.validity();
+    /// Whether the guest is told of changes to the attributes and the data of a file in a directory
+    /// that is `watched` or not.
+    fn is_told_of(&self, inode: &Inode, stat: &Stat, watched: bool) -> bool {
+        match inode.kind {
+            // Its entries count too.
+            FileType::Directory => inode.is_watched(),
+            // Under its other names it may be changed unseen.
+            _ => watched && stat.nlink <= 1,
+        }
+    }
+
+    /// A reply for a name, in a directory that is `watched` or not, that stands for `inode`.
+    fn entry(&self, inode: &Inode, stat: &Stat, over: &Override, watched: bool) -> EntryOut {
+        let entry = self.validity(watched);
+        let attr = self.validity(self.is_told_of(inode, stat, watched));
         EntryOut {
             nodeid: inode.id,
             generation: 0,
-            entry_valid: validity.as_secs(),
-            attr_valid: validity.as_secs(),
-            entry_valid_nsec: validity.subsec_nanos(),
-            attr_valid_nsec: validity.subsec_nanos(),
+            entry_valid: entry.as_secs(),
+            attr_valid: attr.as_secs(),
+            entry_valid_nsec: entry.subsec_nanos(),
+            attr_valid_nsec: attr.subsec_nanos(),
             attr: self.attr(inode, stat, over),
         }
+    }
+
+    /// Watches a directory if possible, before anything in it is looked at; whether it is watched.
+    fn watch_dir(&self, dir: &Inode, held: &Held) -> bool {
+        self.watcher
+            .as_ref()
+            .is_some_and(|watcher| watcher.add(dir, held))
+    }
+
+    /// Whether the directory in which `inode` was found last is watched.
+    fn is_watched_above(&self, inode: &Inode) -> bool {
+        let parent = inode
+            .place()
+            .and_then(|place| self.inodes.get(place.parent).ok());
+        parent.is_some_and(|parent| parent.is_watched())
     }
 
     /// What the guest is shown of `inode`.
@@ -336,6 +368,19 @@ impl Share {
         }
         Ok(inode)
     }
+}
+
+fn open_watcher(cache: Cache) -> Option<Watcher> {
+    if cache != Cache::Auto {
+        return None;
+    }
+    let opened = Watcher::open().inspect_err(|errno| {
+        tracing::warn!(
+            "the shared directory cannot be watched for changes, as this host has no fanotify for us \
+             ({errno}): the guest sees them after a second"
+        );
+    });
+    opened.ok()
 }
 
 /// The inode number that the guest sees: that of the host, told apart by filesystem, as there may be

@@ -123,7 +123,7 @@ impl Share {
         let stat = Stat::at(dir, name)?;
         let inode = self.enter(handle.inode.id, dir, name, &stat)?;
         let over = self.owners.recall_at(dir, name, &stat, Some(&inode));
-        Ok(self.entry(&inode, &stat, &over))
+        Ok(self.entry(&inode, &stat, &over, handle.inode.is_watched()))
     }
 }
 

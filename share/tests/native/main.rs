@@ -2,6 +2,7 @@
 //! mounted here, these tests say so and pass.
 
 mod basic;
+mod coherence;
 mod data;
 mod mount;
 mod names;

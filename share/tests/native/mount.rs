@@ -6,34 +6,44 @@ use std::io::{self, IoSlice, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
+use std::time::Duration;
 
 use rustix::fs::{Gid, Uid};
 use rustix::mount::{MountFlags, UnmountFlags};
-use share::{Channel, Options, Share, serve};
+use share::{Channel, HostEvent, Options, Share, serve, watch};
 
 /// How many threads serve a mount, each at a queue of its own.
 const THREADS: usize = 4;
 
 /// One queue of a FUSE connection.
-pub struct Device(pub File);
+pub struct Device {
+    file: File,
+    /// How many requests have come.
+    requests: Arc<AtomicUsize>,
+}
 
 impl Channel for Device {
     fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
-            match (&self.0).read(buffer) {
+            match (&self.file).read(buffer) {
                 // The request was interrupted before it was read.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EINTR)) => {}
                 // The filesystem is not mounted any more.
                 Err(error) if error.raw_os_error() == Some(libc::ENODEV) => return Ok(0),
-                outcome => return outcome,
+                outcome => {
+                    self.requests.fetch_add(1, Ordering::Relaxed);
+                    return outcome;
+                }
             }
         }
     }
 
     fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
-        (&self.0).write_vectored(parts).map(drop)
+        (&self.file).write_vectored(parts).map(drop)
     }
 }
 
@@ -42,6 +52,9 @@ pub struct Mounted {
     pub source: PathBuf,
     pub at: PathBuf,
     pub share: Arc<Share>,
+    /// What the host has done, as it was told.
+    events: mpsc::Receiver<HostEvent>,
+    requests: Arc<AtomicUsize>,
     _dirs: Vec<tempfile::TempDir>,
 }
 
@@ -49,11 +62,6 @@ impl Mounted {
     /// A new directory, shared by the user who runs the tests.
     pub fn new(options: Options) -> Option<Self> {
         Self::of_new(options, None)
-    }
-
-    /// A new directory, shared by `ids`, who owns it and has no privileges.
-    pub fn rootless(options: Options, ids: (u32, u32)) -> Option<Self> {
-        Self::of_new(options, Some(ids))
     }
 
     fn of_new(options: Options, ids: Option<(u32, u32)>) -> Option<Self> {
@@ -73,6 +81,8 @@ impl Mounted {
         let (shared, opened) = mpsc::channel();
         let (mounted, queues) = mpsc::channel::<File>();
         let path = source.to_owned();
+        let requests = Arc::new(AtomicUsize::new(0));
+        let counted = requests.clone();
         thread::spawn(move || {
             if let Some((uid, gid)) = ids {
                 become_user(uid, gid);
@@ -81,7 +91,12 @@ impl Mounted {
             shared.send(share.clone()).unwrap();
             for queue in queues {
                 let share = share.clone();
-                thread::spawn(move || serve(&share, &Device(queue)).unwrap());
+                let requests = counted.clone();
+                let device = Device {
+                    file: queue,
+                    requests,
+                };
+                thread::spawn(move || serve(&share, &device).unwrap());
             }
         });
         let share = opened.recv().unwrap();
@@ -99,18 +114,70 @@ impl Mounted {
         for _ in 1..THREADS {
             mounted.send(clone(&device)).unwrap();
         }
+        let notices = Device {
+            file: clone(&device),
+            requests: requests.clone(),
+        };
         mounted.send(device).unwrap();
+        let (teller, events) = mpsc::channel();
+        let watched = share.clone();
+        thread::spawn(move || {
+            let mut tell = |events: &[HostEvent]| {
+                for event in events {
+                    // The test may have ended.
+                    let _ = teller.send(event.clone());
+                }
+            };
+            watch(&watched, &notices, &mut tell)
+        });
         Some(Self {
             source: source.to_owned(),
             at: at.to_owned(),
             share,
+            events,
+            requests,
             _dirs: Vec::new(),
         })
     }
 }
 
+impl Mounted {
+    /// Runs a shell's commands in the shared directory, as somebody else on the host.
+    pub fn on_host(&self, commands: &str) {
+        let mut shell = Command::new("sh");
+        let status = shell
+            .args(["-ec", commands])
+            .current_dir(&self.source)
+            .status();
+        assert!(status.unwrap().success(), "{commands}");
+    }
+
+    /// How many requests the guest has sent.
+    pub fn requests(&self) -> usize {
+        self.requests.load(Ordering::Relaxed)
+    }
+
+    /// The next thing that the host has done.
+    pub fn event(&self) -> HostEvent {
+        self.events
+            .recv_timeout(PATIENCE)
+            .expect("the host did nothing")
+    }
+
+    /// Nothing more was told of what the host has done.
+    pub fn is_quiet(&self) -> bool {
+        self.events
+            .recv_timeout(Duration::from_millis(200))
+            .is_err()
+    }
+}
+
+/// How long is waited for what has to come.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
 impl Drop for Mounted {
     fn drop(&mut self) {
+        self.share.stop();
         let _ = rustix::mount::unmount(&self.at, UnmountFlags::DETACH);
     }
 }

@@ -1,0 +1,91 @@
+//! What the guest was told, for those who take it back.
+
+use std::ffi::{CStr, OsString};
+use std::os::fd::AsFd;
+use std::os::unix::ffi::OsStringExt;
+use std::sync::{Arc, RwLockReadGuard};
+
+use super::Share;
+use crate::host::Stat;
+use crate::inode::{Inode, Place};
+use crate::watch::Watcher;
+use crate::wire::{InHeader, Opcode, ROOT_ID};
+
+/// How many directories a path goes through at most.
+const MAX_DEPTH: usize = 4096;
+
+impl Share {
+    /// To be held from before a request is dispatched until its reply has been sent: what the reply
+    /// says is then taken back after it, should it change. Requests that take long tell nothing that
+    /// could be taken back.
+    pub fn telling(&self, message: &[u8]) -> Option<RwLockReadGuard<'_, ()>> {
+        use Opcode::{
+            BatchForget, CopyFileRange, Fallocate, Forget, Fsync, Fsyncdir, Read, Setlkw, Syncfs,
+            Write,
+        };
+        let watcher = self.watcher.as_ref()?;
+        let (header, _) = <InHeader as zerocopy::FromBytes>::read_from_prefix(message).ok()?;
+        match Opcode::from_number(header.opcode)? {
+            BatchForget | CopyFileRange | Fallocate | Forget | Fsync | Fsyncdir | Read | Setlkw
+            | Syncfs | Write => None,
+            _ => Some(watcher.telling()),
+        }
+    }
+
+    /// Ends [`crate::watch()`].
+    pub fn stop(&self) {
+        if let Some(watcher) = &self.watcher {
+            watcher.stop();
+        }
+    }
+
+    pub(crate) fn watcher(&self) -> Option<&Watcher> {
+        self.watcher.as_ref()
+    }
+
+    /// What `name` in a directory is now.
+    pub(crate) fn stat(&self, dir: u64, name: &CStr) -> Option<Stat> {
+        let (_, dir) = self.dir(dir).ok()?;
+        Stat::at(dir.as_fd(), name).ok()
+    }
+
+    /// The inode of a file, if the guest knows it.
+    pub(crate) fn known(&self, stat: &Stat) -> Option<Arc<Inode>> {
+        self.inodes.find(stat)
+    }
+
+    pub(crate) fn all_known(&self) -> Vec<Arc<Inode>> {
+        self.inodes.all()
+    }
+
+    /// The host has renamed something.
+    pub(crate) fn was_moved(&self, from: (u64, &CStr), to: (u64, &CStr)) {
+        let Some(inode) = self.stat(to.0, to.1).and_then(|stat| self.known(&stat)) else {
+            return;
+        };
+        let old = inode.place();
+        if old.is_some_and(|old| old.parent == from.0 && old.name.as_c_str() == from.1) {
+            let place = Place {
+                parent: to.0,
+                name: to.1.to_owned(),
+            };
+            self.inodes.set_place(&inode, Some(place));
+        }
+    }
+
+    /// The path of a directory from the root of the share on.
+    pub(crate) fn path(&self, id: u64) -> Option<OsString> {
+        let mut steps = Vec::new();
+        let mut id = id;
+        while id != ROOT_ID {
+            let place = self.inodes.get(id).ok()?.place()?;
+            if steps.len() >= MAX_DEPTH {
+                return None;
+            }
+            steps.push(place.name.into_bytes());
+            id = place.parent;
+        }
+        steps.reverse();
+        Some(OsString::from_vec(steps.join(&b'/')))
+    }
+}

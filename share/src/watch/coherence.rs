@@ -1,0 +1,305 @@
+//! Takes back what the guest was told, as soon as it is not true any more.
+
+use std::ffi::{CStr, CString, OsString};
+use std::io::{self, IoSlice};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::FileType;
+use rustix::io::Errno;
+use zerocopy::{Immutable, IntoBytes};
+
+use super::Watcher;
+use super::event::{Change, HostEvent};
+use super::fanotify::{Entry, Raised};
+use crate::channel::Channel;
+use crate::inode::Inode;
+use crate::message::notification;
+use crate::passthrough::Share;
+use crate::wire::{NotifyCode, NotifyInvalEntryOut, NotifyInvalInodeOut, init};
+
+/// How much is read of the kernel's queue at a time, bytes.
+const BUFFER: usize = 64 << 10;
+/// Names are looked up again when they are used next, instead of being dropped with all below them:
+/// of [`NotifyInvalEntryOut::flags`].
+const EXPIRE_ONLY: u32 = 1 << 0;
+
+/// Watches the share until [`Share::stop`], tells the guest by `channel` what to forget, and `tell`
+/// what has happened, some changes at a time in their order. Returns at once where nothing is watched.
+///
+/// A notification has to reach the guest's kernel after every reply that was sent before it, over
+/// whatever channel, and must not keep replies waiting while the kernel deals with it: that takes a
+/// thread of its own at the other end.
+///
+/// # Errors
+/// Where the channel breaks, or events cannot be read.
+pub fn watch(
+    share: &Share,
+    channel: &dyn Channel,
+    tell: &mut dyn FnMut(&[HostEvent]),
+) -> io::Result<()> {
+    let Some(watcher) = share.watcher() else {
+        return Ok(());
+    };
+    let notifier = Notifier { share, channel };
+    let mut buffer = vec![0; BUFFER];
+    loop {
+        let mut ready = [
+            PollFd::new(&watcher.group, PollFlags::IN),
+            PollFd::new(&watcher.stop, PollFlags::IN),
+        ];
+        match poll(&mut ready, None) {
+            Err(Errno::INTR) => continue,
+            outcome => outcome?,
+        };
+        if ready[1].revents().contains(PollFlags::IN) {
+            return Ok(());
+        }
+        let raised = watcher.group.read(&mut buffer)?;
+        let foreign: Vec<_> = raised.into_iter().filter(|event| !event.own).collect();
+        if foreign.is_empty() {
+            continue;
+        }
+        watcher.all_told();
+        let mut events = Vec::new();
+        for event in foreign {
+            notifier.apply(watcher, &event, &mut events)?;
+        }
+        if !events.is_empty() {
+            tell(&events);
+        }
+    }
+}
+
+struct Notifier<'a> {
+    share: &'a Share,
+    channel: &'a dyn Channel,
+}
+
+/// An entry in a directory that the guest knows.
+struct Known<'a> {
+    dir: u64,
+    name: &'a CStr,
+}
+
+impl Notifier<'_> {
+    fn apply(
+        &self,
+        watcher: &Watcher,
+        event: &Raised,
+        events: &mut Vec<HostEvent>,
+    ) -> io::Result<()> {
+        if event.mask & libc::FAN_Q_OVERFLOW != 0 {
+            return self.overflow(events);
+        }
+        fn known<'a>(watcher: &Watcher, entry: Option<&'a Entry>) -> Option<Known<'a>> {
+            let entry = entry?;
+            Some(Known {
+                dir: watcher.dir(&entry.dir)?,
+                name: &entry.name,
+            })
+        }
+        let from = known(watcher, event.entry.as_ref());
+        let to = known(watcher, event.to.as_ref());
+        let is_dir = event.mask & libc::FAN_ONDIR != 0;
+        if event.mask & libc::FAN_RENAME != 0 {
+            return self.moved(from, to, is_dir, events);
+        }
+        match from {
+            Some(known) if known.name == c"." => self.dir_changed(&known, event.mask, events),
+            Some(known) => self.changed(&known, event.mask, is_dir, events),
+            None => Ok(()),
+        }
+    }
+
+    fn event(&self, known: &Known<'_>, change: Change) -> HostEvent {
+        HostEvent {
+            dir: known.dir,
+            path: self.share.path(known.dir).unwrap_or_default(),
+            name: known.name.to_owned(),
+            change,
+        }
+    }
+
+    /// Something else has happened to an entry than that it was renamed.
+    fn changed(
+        &self,
+        known: &Known<'_>,
+        mask: u64,
+        is_dir: bool,
+        events: &mut Vec<HostEvent>,
+    ) -> io::Result<()> {
+        let appeared = mask & (libc::FAN_CREATE | libc::FAN_MOVED_TO) != 0;
+        let vanished = mask & (libc::FAN_DELETE | libc::FAN_MOVED_FROM) != 0;
+        // What happens to one name in a row is one event: what there is now tells what was last.
+        let now = self.share.stat(known.dir, known.name);
+        if appeared || vanished {
+            self.forget_entry(known)?;
+        }
+        let Some(stat) = now else {
+            if vanished {
+                events.push(self.event(known, Change::Deleted { is_dir }));
+            }
+            return Ok(());
+        };
+        if vanished && !appeared {
+            // It is there again, of which another event tells.
+            events.push(self.event(known, Change::Deleted { is_dir }));
+        }
+        if appeared {
+            if vanished {
+                events.push(self.event(known, Change::Deleted { is_dir }));
+            }
+            let is_dir = stat.kind() == FileType::Directory;
+            events.push(self.event(known, Change::Created { is_dir }));
+        }
+        let written = mask & (libc::FAN_MODIFY | libc::FAN_CLOSE_WRITE) != 0;
+        if let Some(inode) = self.share.known(&stat)
+            && (written || mask & libc::FAN_ATTRIB != 0)
+        {
+            self.forget_inode(&inode, mask & libc::FAN_MODIFY != 0)?;
+        }
+        let others = [
+            (libc::FAN_MODIFY, Change::Modified),
+            (libc::FAN_CLOSE_WRITE, Change::CloseWrite),
+            (libc::FAN_ATTRIB, Change::Attrib),
+        ];
+        for (bit, change) in others {
+            if mask & bit != 0 {
+                events.push(self.event(known, change));
+            }
+        }
+        Ok(())
+    }
+
+    /// The attributes of a directory itself were changed.
+    fn dir_changed(
+        &self,
+        known: &Known<'_>,
+        mask: u64,
+        events: &mut Vec<HostEvent>,
+    ) -> io::Result<()> {
+        self.forget_attributes(known.dir)?;
+        if mask & libc::FAN_ATTRIB != 0 {
+            let itself = Known {
+                dir: known.dir,
+                name: c"",
+            };
+            events.push(self.event(&itself, Change::Attrib));
+        }
+        Ok(())
+    }
+
+    /// An entry was renamed; either end may be where the guest does not look.
+    fn moved(
+        &self,
+        from: Option<Known<'_>>,
+        to: Option<Known<'_>>,
+        is_dir: bool,
+        events: &mut Vec<HostEvent>,
+    ) -> io::Result<()> {
+        for known in [&from, &to].into_iter().flatten() {
+            self.forget_entry(known)?;
+        }
+        match (from, to) {
+            (Some(from), Some(to)) => {
+                self.share
+                    .was_moved((from.dir, from.name), (to.dir, to.name));
+                let change = Change::Moved {
+                    dir: to.dir,
+                    path: self.share.path(to.dir).unwrap_or_default(),
+                    name: to.name.to_owned(),
+                    is_dir,
+                };
+                events.push(self.event(&from, change));
+            }
+            (Some(from), None) => events.push(self.event(&from, Change::Deleted { is_dir })),
+            (None, Some(to)) => events.push(self.event(&to, Change::Created { is_dir })),
+            (None, None) => {}
+        }
+        Ok(())
+    }
+
+    /// Everything may have changed.
+    fn overflow(&self, events: &mut Vec<HostEvent>) -> io::Result<()> {
+        tracing::warn!(
+            "more changed in the shared directory at once than could be followed: the guest looks at \
+             all of it anew"
+        );
+        for inode in self.share.all_known() {
+            if let Some(place) = inode.place() {
+                self.forget_entry(&Known {
+                    dir: place.parent,
+                    name: &place.name,
+                })?;
+            }
+            self.forget_inode(&inode, true)?;
+        }
+        events.push(HostEvent {
+            dir: crate::wire::ROOT_ID,
+            path: OsString::new(),
+            name: CString::default(),
+            change: Change::Overflow,
+        });
+        Ok(())
+    }
+
+    /// The guest is to look the name up again, and to list the directory again.
+    fn forget_entry(&self, known: &Known<'_>) -> io::Result<()> {
+        let head = NotifyInvalEntryOut {
+            parent: known.dir,
+            namelen: u32::try_from(known.name.count_bytes()).unwrap_or(u32::MAX),
+            flags: match self.share.has(init::HAS_EXPIRE_ONLY) {
+                true => EXPIRE_ONLY,
+                false => 0,
+            },
+        };
+        self.send(NotifyCode::InvalEntry, &head, Some(known.name))?;
+        self.forget_attributes_and_data(known.dir)
+    }
+
+    fn forget_inode(&self, inode: &Inode, data: bool) -> io::Result<()> {
+        match data {
+            true => self.forget_attributes_and_data(inode.id),
+            false => self.forget_attributes(inode.id),
+        }
+    }
+
+    fn forget_attributes_and_data(&self, ino: u64) -> io::Result<()> {
+        let head = NotifyInvalInodeOut {
+            ino,
+            off: 0,
+            len: 0,
+        };
+        self.send(NotifyCode::InvalInode, &head, None)
+    }
+
+    fn forget_attributes(&self, ino: u64) -> io::Result<()> {
+        let head = NotifyInvalInodeOut {
+            ino,
+            off: -1,
+            len: 0,
+        };
+        self.send(NotifyCode::InvalInode, &head, None)
+    }
+
+    fn send<T: IntoBytes + Immutable>(
+        &self,
+        code: NotifyCode,
+        head: &T,
+        name: Option<&CStr>,
+    ) -> io::Result<()> {
+        let send = |parts: &[IoSlice<'_>]| self.channel.send(parts);
+        match notification(code, head, name, send) {
+            // The guest does not know it any more, or a directory has become something else.
+            Err(error)
+                if matches!(
+                    Errno::from_io_error(&error),
+                    Some(Errno::NOENT | Errno::NOTDIR | Errno::NOTEMPTY | Errno::BUSY)
+                ) =>
+            {
+                Ok(())
+            }
+            outcome => outcome,
+        }
+    }
+}

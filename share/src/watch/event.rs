@@ -1,0 +1,50 @@
+//! What happened on the host, for those in the guest who watch.
+
+use std::ffi::{CString, OsString};
+
+/// A change of the host's in a directory that the guest knows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostEvent {
+    /// The directory's inode number in the guest's requests.
+    pub dir: u64,
+    /// The directory's path from the root of the share on, as the guest knows it; empty for the root.
+    pub path: OsString,
+    /// The entry it happened to; empty for the directory itself.
+    pub name: CString,
+    /// What happened.
+    pub change: Change,
+}
+
+/// What happened to an entry of a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// It is there, and was not, or was something else.
+    Created {
+        /// Whether it is a directory.
+        is_dir: bool,
+    },
+    /// It was written.
+    Modified,
+    /// It was closed by somebody who had it open for writing.
+    CloseWrite,
+    /// Its attributes were changed.
+    Attrib,
+    /// It is gone.
+    Deleted {
+        /// Whether it was a directory.
+        is_dir: bool,
+    },
+    /// It has another name now.
+    Moved {
+        /// The new directory's inode number.
+        dir: u64,
+        /// The new directory's path, as in [`HostEvent::path`].
+        path: OsString,
+        /// The new name.
+        name: CString,
+        /// Whether it is a directory.
+        is_dir: bool,
+    },
+    /// More happened than could be told: anything may have changed.
+    Overflow,
+}

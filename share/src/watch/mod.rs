@@ -1,0 +1,135 @@
+//! What changes on the host under the share: who is to be told what.
+//!
+//! Each directory in which the guest has looked something up is watched, as long as the guest knows it
+//! and the host has room for one more watch. What this process itself does for the guest is told
+//! apart by the kernel, so a guest never hears of its own changes.
+
+mod coherence;
+mod event;
+mod fanotify;
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+
+pub use coherence::watch;
+pub use event::{Change, HostEvent};
+pub(crate) use fanotify::FileId;
+use fanotify::Group;
+
+use crate::inode::{Held, Inode, lock};
+
+/// Whether a directory is watched.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(crate) enum Watch {
+    /// Nobody has looked into it.
+    #[default]
+    Not,
+    /// Under this name.
+    As(FileId),
+    /// It cannot be.
+    Never,
+}
+
+/// The directories that are watched.
+#[derive(Debug)]
+pub(crate) struct Watcher {
+    group: Group,
+    dirs: RwLock<HashMap<FileId, u64>>,
+    /// Whether it was said that some directories cannot be watched.
+    said: AtomicBool,
+    /// Whoever is to tell a guest what to believe for good holds this from before it looks at the
+    /// host until it has told; whoever is to tell it otherwise waits until all those have.
+    telling: RwLock<()>,
+    stop: OwnedFd,
+}
+
+impl Watcher {
+    pub fn open() -> Result<Self, Errno> {
+        Ok(Self {
+            group: Group::open()?,
+            dirs: RwLock::default(),
+            said: AtomicBool::new(false),
+            telling: RwLock::new(()),
+            stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        })
+    }
+
+    /// What is told to the guest while this is held is taken back in time where it changes.
+    pub fn telling(&self) -> RwLockReadGuard<'_, ()> {
+        self.telling.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Everything that was looked at before this is called has been told to the guest after it.
+    fn all_told(&self) {
+        drop(self.telling.write().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Watches a directory, unless it is watched already; whether it is now.
+    pub fn add(&self, dir: &Inode, held: &Held) -> bool {
+        let mut watch = lock(&dir.watch);
+        if *watch == Watch::Not {
+            *watch = match self.group.mark(held.as_fd()) {
+                Ok(id) => {
+                    let mut dirs = self.dirs.write().unwrap_or_else(PoisonError::into_inner);
+                    dirs.insert(id.clone(), dir.id);
+                    Watch::As(id)
+                }
+                Err(errno) => {
+                    self.say(errno);
+                    Watch::Never
+                }
+            };
+        }
+        matches!(*watch, Watch::As(_))
+    }
+
+    fn say(&self, errno: Errno) {
+        if self.said.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        match errno {
+            Errno::NOSPC => tracing::warn!(
+                "the guest uses more directories of the share than this host lets one user watch \
+                 (fs.fanotify.max_user_marks): in others it sees changes after a second"
+            ),
+            errno => tracing::warn!(
+                "a shared directory cannot be watched for changes ({errno}): the guest sees those \
+                 in it after a second"
+            ),
+        }
+    }
+
+    /// The guest has forgotten a directory. `held` is a descriptor of it, if there still is one.
+    pub fn remove(&self, dir: &Inode, held: Option<&Held>) {
+        let Watch::As(id) = std::mem::take(&mut *lock(&dir.watch)) else {
+            return;
+        };
+        let mut dirs = self.dirs.write().unwrap_or_else(PoisonError::into_inner);
+        if dirs.get(&id) != Some(&dir.id) {
+            // The guest has got to know it anew.
+            return;
+        }
+        dirs.remove(&id);
+        if let Some(held) = held {
+            // A directory that is gone has no mark any more either.
+            let _ = self.group.unmark(held.as_fd());
+        }
+    }
+
+    fn dir(&self, id: &FileId) -> Option<u64> {
+        let dirs = self.dirs.read().unwrap_or_else(PoisonError::into_inner);
+        dirs.get(id).copied()
+    }
+
+    /// Ends [`watch`].
+    pub fn stop(&self) {
+        // It fails only where it was called 2^64 times.
+        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
+    }
+}

@@ -1,0 +1,185 @@
+//! What others do on the host is seen in the guest, and told to it.
+
+use std::fs;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::Path;
+use std::time::Instant;
+
+use share::{Cache, Change, HostEvent, Options};
+
+use crate::mount::{Mounted, PATIENCE};
+
+/// Waits until what the guest sees is what it should.
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < PATIENCE, "{what}");
+        std::thread::yield_now();
+    }
+}
+
+fn content(path: &Path) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+#[test]
+fn what_the_host_changes_is_seen_though_the_guest_believes_for_good() {
+    let Some(mounted) = Mounted::new(Options::default()) else {
+        return;
+    };
+    let at = |name: &str| mounted.at.join(name);
+    mounted.on_host("mkdir -p dir/sub; echo one > dir/file");
+    assert_eq!(content(&at("dir/file")), "one\n");
+    assert!(!at("dir/new").exists());
+    assert_eq!(fs::read_dir(at("dir")).unwrap().count(), 2);
+    let open = fs::File::open(at("dir/file")).unwrap();
+    assert_eq!(open.metadata().unwrap().len(), 4);
+
+    mounted.on_host("echo two > dir/file");
+    until("same size, other data", || {
+        content(&at("dir/file")) == "two\n"
+    });
+    let mut data = [0; 4];
+    open.read_exact_at(&mut data, 0).unwrap();
+    assert_eq!(&data, b"two\n");
+    mounted.on_host("echo more >> dir/file");
+    until("more data", || open.metadata().unwrap().len() == 9);
+    mounted.on_host("echo short > dir/file");
+    until("less data", || content(&at("dir/file")) == "short\n");
+    mounted.on_host("echo new > dir/new");
+    until("a new file", || content(&at("dir/new")) == "new\n");
+    assert_eq!(fs::read_dir(at("dir")).unwrap().count(), 3);
+    mounted.on_host("echo replaced > dir/other; mv dir/other dir/file");
+    until("a replaced file", || {
+        content(&at("dir/file")) == "replaced\n"
+    });
+    mounted.on_host("chmod 604 dir/file");
+    until("permissions", || {
+        fs::metadata(at("dir/file")).unwrap().mode() & 0o777 == 0o604
+    });
+    mounted.on_host("rm dir/new");
+    until("a removed file", || !at("dir/new").exists());
+    mounted.on_host("mv dir/sub dir/renamed; touch dir/renamed/inner");
+    until("a renamed directory", || at("dir/renamed/inner").exists());
+    assert!(!at("dir/sub").exists());
+    mounted.on_host("rm -r dir");
+    until("a removed directory", || !at("dir").exists());
+    mounted.on_host("echo a file > dir");
+    until("a file in its place", || content(&at("dir")) == "a file\n");
+}
+
+#[test]
+fn what_nobody_changes_is_not_asked_for_again() {
+    let Some(mounted) = Mounted::new(Options::default()) else {
+        return;
+    };
+    mounted.on_host("mkdir dir; echo data > dir/file");
+    assert_eq!(content(&mounted.at.join("dir/file")), "data\n");
+    let _ = fs::read_dir(mounted.at.join("dir")).unwrap().count();
+    // Longer than what is believed only briefly is believed.
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    let _ = fs::metadata(mounted.at.join("dir/file"));
+    let before = mounted.requests();
+    for _ in 0..10 {
+        fs::metadata(mounted.at.join("dir/file")).unwrap();
+        assert!(fs::metadata(mounted.at.join("dir/absent")).is_err());
+    }
+    let asked = mounted.requests() - before;
+    // The absent name once.
+    assert!(asked <= 2, "{asked} requests");
+}
+
+#[test]
+fn strict_asks_each_time() {
+    let options = Options {
+        cache: Cache::Strict,
+        ..Options::default()
+    };
+    let Some(mounted) = Mounted::new(options) else {
+        return;
+    };
+    let file = mounted.at.join("file");
+    for number in 0..50 {
+        mounted.on_host(&format!("echo {number} > file"));
+        assert_eq!(content(&file), format!("{number}\n"));
+        mounted.on_host("rm file");
+        assert!(!file.exists());
+    }
+}
+
+fn shown(event: &HostEvent) -> String {
+    let path = event.path.to_str().unwrap();
+    let name = event.name.to_str().unwrap();
+    let change = match &event.change {
+        Change::Moved { path, name, .. } => {
+            format!(
+                "Moved to {}/{}",
+                path.to_str().unwrap(),
+                name.to_str().unwrap()
+            )
+        }
+        change => format!("{change:?}"),
+    };
+    format!("{path}/{name} {change}")
+}
+
+#[test]
+fn what_the_host_does_is_told_in_order_and_what_the_guest_does_is_not() {
+    let Some(mounted) = Mounted::new(Options::default()) else {
+        return;
+    };
+    mounted.on_host("mkdir -p a/b");
+    assert!(!mounted.at.join("a/b/nothing").exists());
+    fs::write(mounted.at.join("a/b/guests"), "data").unwrap();
+    fs::rename(
+        mounted.at.join("a/b/guests"),
+        mounted.at.join("a/b/renamed"),
+    )
+    .unwrap();
+    fs::remove_file(mounted.at.join("a/b/renamed")).unwrap();
+    assert!(mounted.is_quiet());
+
+    let expect = |commands: &str, expected: &[&str]| {
+        mounted.on_host(commands);
+        let told: Vec<_> = expected.iter().map(|_| shown(&mounted.event())).collect();
+        assert_eq!(told, expected, "{commands}");
+    };
+    expect(
+        ": > a/b/file",
+        &["a/b/file Created { is_dir: false }", "a/b/file CloseWrite"],
+    );
+    expect(
+        "echo more >> a/b/file",
+        &["a/b/file Modified", "a/b/file CloseWrite"],
+    );
+    expect("chmod 600 a/b/file", &["a/b/file Attrib"]);
+    expect("mv a/b/file a/file", &["a/b/file Moved to a/file"]);
+    expect("mkdir a/b/c", &["a/b/c Created { is_dir: true }"]);
+    expect("rmdir a/b/c", &["a/b/c Deleted { is_dir: true }"]);
+    expect("rm a/file", &["a/file Deleted { is_dir: false }"]);
+    assert!(mounted.is_quiet());
+}
+
+#[test]
+fn a_burst_of_changes_loses_no_final_state() {
+    let Some(mounted) = Mounted::new(Options::default()) else {
+        return;
+    };
+    for number in 0..20 {
+        let dir = mounted.at.join(number.to_string());
+        fs::create_dir(&dir).unwrap();
+        assert!(!dir.join("0").exists());
+    }
+    mounted.on_host("for d in *; do for f in $(seq 100); do echo $d > $d/$f; done; done; rm -r 7/*; echo > done");
+    until("the last file", || mounted.at.join("done").exists());
+    for number in 0..20 {
+        let dir = mounted.at.join(number.to_string());
+        let expected = if number == 7 { 0 } else { 100 };
+        until("all files", || {
+            fs::read_dir(&dir).unwrap().count() == expected
+        });
+        if number != 7 {
+            assert_eq!(content(&dir.join("50")), format!("{number}\n"));
+        }
+    }
+}
