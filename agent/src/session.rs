@@ -132,6 +132,10 @@ impl Session {
     fn serve(&self, machine: &Machine, control: &Connection) -> io::Result<()> {
         let pid = u32::try_from(self.child.pid).unwrap_or_default();
         protocol::send(control, &FromSession::Started { pid })
+            .map(|()| {
+                // What it listens at is looked for more often from now on.
+                machine.forwarder.report_listeners();
+            })
             .and_then(|()| self.obey(&machine.reaper, control))
             .inspect_err(|_| self.hang_up(&machine.reaper))?;
         match self.child.exit.status() {

@@ -126,34 +126,38 @@ impl Reactor {
     /// Serves connections; comes back only with what makes that impossible.
     pub fn run(mut self) -> Result<Infallible> {
         loop {
-            let deadline = match self.states.ready() {
-                0 => self.poller.next_deadline(),
-                _ => Some(Instant::now()),
-            };
-            self.poller
-                .wait(deadline)
-                .context("the agent cannot wait for events")?;
-            while let Some((token, flags)) = self.poller.event() {
-                match token {
-                    Token::Entry(index, side) => {
-                        if let Some(State::Pair(pair)) = self.states.get_mut(index) {
-                            pair.note(side, flags);
-                        }
-                        self.states.enqueue(index);
+            self.round().context("the agent cannot wait for events")?;
+        }
+    }
+
+    /// Waits for something to do, and gives everything that has some one turn.
+    pub(super) fn round(&mut self) -> io::Result<()> {
+        let deadline = match self.states.ready() {
+            0 => self.poller.next_deadline(),
+            _ => Some(Instant::now()),
+        };
+        self.poller.wait(deadline)?;
+        while let Some((token, flags)) = self.poller.event() {
+            match token {
+                Token::Entry(index, side) => {
+                    if let Some(State::Pair(pair)) = self.states.get_mut(index) {
+                        pair.note(side, flags);
                     }
-                    INBOX => self.open_inbox(),
-                    Token::Single(_) => {}
+                    self.states.enqueue(index);
                 }
-            }
-            self.expire();
-            // Those that have more to do wait for the next round, after new events.
-            for _ in 0..self.states.ready() {
-                if let Some(index) = self.states.dequeue() {
-                    self.turn(index);
-                    self.tell();
-                }
+                INBOX => self.open_inbox(),
+                Token::Single(_) => {}
             }
         }
+        self.expire();
+        // Those that have more to do wait for the next round, after new events.
+        for _ in 0..self.states.ready() {
+            if let Some(index) = self.states.dequeue() {
+                self.turn(index);
+                self.tell();
+            }
+        }
+        Ok(())
     }
 
     fn open_inbox(&mut self) {

@@ -78,9 +78,7 @@ impl Plan {
             Target::Loopback(port) => Self::Connect(dial::loopback(port).to_vec()),
             Target::Host { host, port } => match host.parse::<IpAddr>() {
                 Ok(address) => Self::Connect(vec![SocketAddr::new(address, port)]),
-                Err(_) if is_localhost(&host) => {
-                    Self::Connect(dial::loopback(port).to_vec())
-                }
+                Err(_) if is_localhost(&host) => Self::Connect(dial::loopback(port).to_vec()),
                 Err(_) if host.is_empty() || host.len() > MAX_NAME => {
                     Self::Impossible(DialError::NoSuchHost)
                 }

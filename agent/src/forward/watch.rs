@@ -1,7 +1,7 @@
 //! The guest's listening sockets, reported to the host as they come and go.
 //!
 //! The kernel is asked for all of them whenever something happened: it tells so by a tracepoint; where
-//! there is none, it is asked 20 times a second, and tells of sockets that went away in between. All
+//! there is none, it is asked some times a second, the more seldom the longer nothing happens, and tells of sockets that went away in between. All
 //! of that is only while somebody watches.
 
 use std::collections::HashSet;
@@ -18,8 +18,11 @@ use super::slots::Index;
 use super::sock_diag::{self, Source};
 use super::tracepoint::Tracepoint;
 
-/// How often is looked where no event tells when to.
+/// How often is looked where no event tells when to, after something happened.
 const INTERVAL: Duration = Duration::from_millis(50);
+
+/// How seldom it may become while nothing does.
+const CALM: Duration = Duration::from_millis(400);
 
 /// The least time between two looks, so that a guest whose sockets come and go for ever is no burden.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -36,6 +39,8 @@ pub struct Watch {
     told: Vec<Listener>,
     /// When it was looked.
     looked: Instant,
+    /// How long until the next look by the clock.
+    interval: Duration,
     /// When to look again, whatever happens.
     pub next: Option<Instant>,
 }
@@ -82,6 +87,7 @@ impl Reactor {
                 trigger,
                 told: Vec::new(),
                 looked: Instant::now(),
+                interval: INTERVAL,
                 next: None,
             })),
         );
@@ -132,6 +138,7 @@ impl Reactor {
         if let Some(index) = self.watch
             && let Some(State::Watch(mut watch)) = self.states.take(index)
         {
+            watch.interval = INTERVAL;
             self.look_now(index, &mut watch, Instant::now());
             self.states.put(index, State::Watch(watch));
         }
@@ -141,8 +148,9 @@ impl Reactor {
         watch.looked = now;
         watch.next = match watch.trigger {
             Trigger::Tracepoint(_) => None,
-            Trigger::Timer(_) => Some(now + INTERVAL),
+            Trigger::Timer(_) => Some(now + watch.interval),
         };
+        watch.interval = CALM.min(watch.interval * 2);
         if let Some(next) = watch.next {
             self.poller.look_at(index, next);
         }
@@ -150,6 +158,7 @@ impl Reactor {
             Ok(listeners) if listeners == watch.told => {}
             Ok(listeners) => {
                 watch.told = listeners;
+                watch.interval = INTERVAL;
                 for owner in &self.watchers {
                     let listeners = FromForwarder::Listeners(watch.told.clone());
                     self.told.push((*owner, listeners));

@@ -1,13 +1,16 @@
 //! Joined connections: bytes, ends and resets both ways.
 
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpListener};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::thread::{self, JoinHandle};
 
-use agent::protocol::{Open, Target};
+use agent::protocol::{self, Open, Target};
+use rustix::process::{Resource, getrlimit, setrlimit};
 
-use super::{assert_reset, connect, end_of, joined};
+use super::{PATIENCE, assert_reset, connect, connect_to, end_of, joined, start_in};
 use crate::forward::pair;
+use crate::tree::Tree;
 
 fn read_all(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
     thread::spawn(move || {
@@ -105,4 +108,218 @@ fn a_service_on_the_ipv6_loopback_only_is_reached() {
     let mut hello = [0; 5];
     host.read_exact(&mut hello).unwrap();
     assert_eq!(&hello, b"hello");
+}
+
+#[test]
+fn a_service_that_ends_first_still_gets_all_that_the_host_sends() {
+    let (host, guest) = joined();
+    guest.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(end_of(&host).unwrap(), 0);
+    let sent = pattern(3 << 20, 3);
+    let at_guest = read_all(guest);
+    (&host).write_all(&sent).unwrap();
+    host.shutdown(Shutdown::Write).unwrap();
+    assert!(at_guest.join().unwrap() == sent);
+}
+
+/// Writes until nothing more is taken, and tells how much was.
+fn fill(stream: impl Write + AsNonBlocking) -> usize {
+    let mut stream = stream;
+    stream.set_nonblocking();
+    let bytes = vec![1; 1 << 20];
+    let mut taken = 0;
+    let mut refusals = 0;
+    // What is on its way makes room once more, so one refusal is not the last word.
+    while refusals < 50 {
+        match stream.write(&bytes) {
+            Ok(length) => {
+                taken += length;
+                refusals = 0;
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                refusals += 1;
+                thread::sleep(std::time::Duration::from_millis(10));
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    taken
+}
+
+trait AsNonBlocking {
+    fn set_nonblocking(&self);
+}
+
+impl AsNonBlocking for &UnixStream {
+    fn set_nonblocking(&self) {
+        UnixStream::set_nonblocking(self, true).unwrap();
+    }
+}
+
+impl AsNonBlocking for &TcpStream {
+    fn set_nonblocking(&self) {
+        TcpStream::set_nonblocking(self, true).unwrap();
+    }
+}
+
+#[test]
+fn a_reader_that_stops_stops_its_writer_and_nobody_else() {
+    let (stalled_host, stalled_guest) = joined();
+    let (host, guest) = joined();
+    // The kernel's own buffers take some megabytes; without back-pressure it would never end.
+    let (down, up) = (fill(&stalled_guest), fill(&stalled_host));
+    assert!(down < 64 << 20 && up < 64 << 20, "{down} and {up} bytes");
+    let at_host = read_all(host);
+    let sent = pattern(8 << 20, 4);
+    (&guest).write_all(&sent).unwrap();
+    drop(guest);
+    assert!(at_host.join().unwrap() == sent);
+    // What was held back is all there.
+    for (reader, taken) in [(&stalled_host as &dyn ReadOnly, down), (&stalled_guest, up)] {
+        let mut left = taken;
+        let mut buffer = vec![0; 1 << 16];
+        while left > 0 {
+            left -= reader.read_blocking(&mut buffer);
+        }
+    }
+}
+
+trait ReadOnly {
+    fn read_blocking(&self, buffer: &mut [u8]) -> usize;
+}
+
+impl ReadOnly for UnixStream {
+    fn read_blocking(&self, buffer: &mut [u8]) -> usize {
+        self.set_nonblocking(false).unwrap();
+        (&mut &*self).read(buffer).unwrap()
+    }
+}
+
+impl ReadOnly for TcpStream {
+    fn read_blocking(&self, buffer: &mut [u8]) -> usize {
+        self.set_nonblocking(false).unwrap();
+        (&mut &*self).read(buffer).unwrap()
+    }
+}
+
+#[test]
+fn a_reset_overtakes_what_a_stalled_reader_has_no_room_for() {
+    // The service does not read, and the host gives up.
+    let (host, guest) = joined();
+    fill(&host);
+    drop(host);
+    let error = drain(&guest);
+    assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+    // The host does not read, and the service gives up.
+    let (host, guest) = joined();
+    fill(&guest);
+    pair::reset(&guest);
+    drop(guest);
+    let mut buffer = vec![0; 1 << 16];
+    while let Ok(1..) = (&host).read(&mut buffer) {}
+    assert_reset(&host);
+}
+
+/// Reads to the error.
+fn drain(mut from: impl Read) -> io::Error {
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => panic!("an end where a reset was expected"),
+            Ok(_) => {}
+            Err(error) => return error,
+        }
+    }
+}
+
+#[test]
+fn what_a_service_said_before_it_reset_the_connection_arrives() {
+    let (mut host, mut guest) = joined();
+    guest.write_all(b"413 too large").unwrap();
+    host.write_all(&pattern(64 << 10, 5)).unwrap();
+    // Closed with bytes unread: the kernel resets the connection.
+    drop(guest);
+    let mut response = [0; 13];
+    host.read_exact(&mut response).unwrap();
+    assert_eq!(&response, b"413 too large");
+    while let Ok(1..) = host.read(&mut [0; 64]) {}
+    assert_reset(&host);
+}
+
+#[test]
+fn a_first_message_that_comes_in_pieces_is_understood() {
+    let service = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = service.local_addr().unwrap().port();
+    let door = start_in(Tree::own().unwrap());
+    let mut host = UnixStream::connect_addr(&door).unwrap();
+    let mut message = Vec::new();
+    protocol::send(&mut message, &Open::Dial(Target::Loopback(port))).unwrap();
+    for byte in message {
+        host.write_all(&[byte]).unwrap();
+        thread::sleep(std::time::Duration::from_millis(2));
+    }
+    host.write_all(b"and on").unwrap();
+    let mut guest = service.accept().unwrap().0;
+    let mut bytes = [0; 6];
+    guest.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"and on");
+}
+
+#[test]
+fn what_follows_the_first_message_at_once_is_not_lost() {
+    let service = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = service.local_addr().unwrap().port();
+    let door = start_in(Tree::own().unwrap());
+    let mut message = Vec::new();
+    protocol::send(&mut message, &Open::Dial(Target::Loopback(port))).unwrap();
+    message.extend_from_slice(b"everything in one piece");
+    let mut host = UnixStream::connect_addr(&door).unwrap();
+    host.write_all(&message).unwrap();
+    host.shutdown(Shutdown::Write).unwrap();
+    let mut request = String::new();
+    let mut guest = service.accept().unwrap().0;
+    guest.read_to_string(&mut request).unwrap();
+    assert_eq!(request, "everything in one piece");
+}
+
+#[test]
+fn thousands_of_connections_at_once_all_carry_bytes() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = rustix::process::Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    setrlimit(Resource::Nofile, raised).unwrap();
+    // Each has four descriptors here, and other tests run beside this one.
+    let room = limit.maximum.map_or(usize::MAX, |limit| limit as usize);
+    let count = (room.saturating_sub(4096) / 4).min(2000);
+    let door = start_in(Tree::own().unwrap());
+    let service = TcpListener::bind("127.0.0.1:0").unwrap();
+    rustix::net::listen(&service, 4096).unwrap();
+    let port = service.local_addr().unwrap().port();
+    let accepting = thread::spawn(move || {
+        let accept = |_| service.accept().unwrap().0;
+        (0..count).map(accept).collect::<Vec<TcpStream>>()
+    });
+    let open = Open::Dial(Target::Loopback(port));
+    let hosts: Vec<UnixStream> = (0..count)
+        .map(|number| {
+            let mut host = connect_to(&door, &open);
+            host.write_all(&(number as u32).to_le_bytes()).unwrap();
+            host
+        })
+        .collect();
+    let guests = accepting.join().unwrap();
+    // Each service sends back the number that its host sent, and a byte more.
+    for mut guest in &guests {
+        guest.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut number = [0; 4];
+        guest.read_exact(&mut number).unwrap();
+        guest.write_all(&[&number[..], b"!"].concat()).unwrap();
+    }
+    for (number, mut host) in hosts.iter().enumerate() {
+        let mut back = [0; 5];
+        host.read_exact(&mut back).unwrap();
+        assert_eq!(back, *[&(number as u32).to_le_bytes()[..], b"!"].concat());
+    }
 }

@@ -3,6 +3,7 @@
 mod control;
 mod datagram;
 mod join;
+mod leftover;
 mod name;
 mod watch;
 
@@ -30,12 +31,8 @@ impl Listener for UnixListener {
     }
 }
 
-/// Starts a reactor on a thread, which ends with the process, and tells where it listens.
-pub fn start(
-    handle: Handle,
-    root: Tree,
-    hand_on: impl FnMut(Connection, Open) + Send + 'static,
-) -> SocketAddr {
+/// Where the host connects to a reactor that is to be.
+fn door() -> (SocketAddr, UnixListener) {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let name = format!("mvm-agent-test-{}-{number}", std::process::id());
@@ -44,12 +41,35 @@ pub fn start(
     // As many wait as in a machine, where std asks for fewer.
     rustix::net::listen(&listener, 4096).unwrap();
     listener.set_nonblocking(true).unwrap();
+    (address, listener)
+}
+
+/// Starts a reactor on a thread, which ends with the process, and tells where it listens.
+pub fn start(
+    handle: Handle,
+    root: Tree,
+    hand_on: impl FnMut(Connection, Open) + Send + 'static,
+) -> SocketAddr {
+    let (address, listener) = door();
     thread::spawn(move || {
         let (listener, hand_on) = (Box::new(listener), Box::new(hand_on));
         let reactor = Reactor::new(listener, handle, Arc::new(root), hand_on).unwrap();
         reactor.run().unwrap()
     });
     address
+}
+
+/// A reactor that the test runs itself, and where it listens.
+fn reactor(handle: Handle, root: Tree) -> (SocketAddr, Reactor) {
+    let (address, listener) = door();
+    let hand_on = |_, open| panic!("{open:?} was handed on");
+    let reactor = Reactor::new(
+        Box::new(listener),
+        handle,
+        Arc::new(root),
+        Box::new(hand_on),
+    );
+    (address, reactor.unwrap())
 }
 
 /// A reactor for a machine with this root, which nothing is handed on from.
