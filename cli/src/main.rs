@@ -8,6 +8,7 @@ mod cmd;
 mod console;
 mod control;
 mod copy;
+mod descriptors;
 mod dirs;
 mod event;
 mod foreground;

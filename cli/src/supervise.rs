@@ -1,7 +1,7 @@
 //! Machines in the background: each is owned by a process of its own, the supervisor, which outlives
 //! the command that started it.
 //!
-//! The supervisor says `ready` on its standard output when the guest is up, and writes what it has to
+//! The supervisor says `ready` on its standard output when its command has started, and writes what it has to
 //! say after that to `mvm.log` in the machine's directory. Before, its standard error is the caller's.
 
 use std::env;
@@ -27,7 +27,7 @@ use crate::{FAILED, prepare};
 /// The supervisor's own log, in the machine's directory.
 const LOG: &str = "mvm.log";
 
-/// `mvm run -d`: makes a machine, and returns when its guest is up.
+/// `mvm run -d`: makes a machine, and returns when its command has started.
 pub fn launch(args: &RunArgs, words: &[OsString]) -> Result<ExitCode> {
     if accel::is_outer() {
         bail!("a machine in the background belongs to the host: run mvm there");
@@ -44,14 +44,16 @@ pub fn launch(args: &RunArgs, words: &[OsString]) -> Result<ExitCode> {
     let name = claim.name().clone();
     drop(claim);
     let started = spawn(&store, &name);
-    if !matches!(started, Ok(true)) {
+    if !matches!(started, Ok(None)) {
         store.claim(&name)?.remove()?;
     }
-    if !started? {
-        return Ok(ExitCode::from(FAILED));
+    match started? {
+        Some(code) => Ok(ExitCode::from(code)),
+        None => {
+            println!("{name}");
+            Ok(ExitCode::SUCCESS)
+        }
     }
-    println!("{name}");
-    Ok(ExitCode::SUCCESS)
 }
 
 /// What `-e NAME` takes from the caller's environment.
@@ -64,9 +66,9 @@ fn captured(args: &RunArgs) -> Vec<(Bytes, Bytes)> {
         .collect()
 }
 
-/// Starts the supervisor of a machine that nobody owns and waits until its guest is up; false where it
-/// could not be, which the supervisor has said on standard error.
-pub fn spawn(store: &Store, name: &Name) -> Result<bool> {
+/// Starts the supervisor of a machine that nobody owns and waits until its command has started. Where it did
+/// not, the supervisor has said why on standard error, and its exit code is returned.
+pub fn spawn(store: &Store, name: &Name) -> Result<Option<u8>> {
     let definition = store.definition(name)?;
     let cwd = Path::new(definition.cwd.as_os_str());
     let environment = definition
@@ -92,12 +94,13 @@ pub fn spawn(store: &Store, name: &Name) -> Result<bool> {
         stdout.read_to_string(&mut said)?;
     }
     if said.trim_end() == "ready" {
-        return Ok(true);
+        return Ok(None);
     }
-    supervisor
+    let status = supervisor
         .wait()
         .context("the supervisor cannot be waited for")?;
-    Ok(false)
+    let code = status.code().and_then(|code| u8::try_from(code).ok());
+    Ok(Some(code.filter(|&code| code != 0).unwrap_or(FAILED)))
 }
 
 /// The supervisor: owns the machine `name` until it has ended.
@@ -127,7 +130,7 @@ pub fn run(name: &Name) -> Result<ExitCode> {
     owner::own(*args, &words, claim, Mode::Background, timing)
 }
 
-/// Tells whoever started this supervisor that the guest is up; from here on it speaks to its log.
+/// Tells whoever started this supervisor that the command has started; from here on it speaks to its log.
 pub fn say_ready(dir: &Path) -> Result<()> {
     println!("ready");
     let path = dir.join(LOG);

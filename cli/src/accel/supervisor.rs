@@ -27,6 +27,7 @@ use super::qemu::Emulation;
 use super::state::{Description, Files};
 use super::{TRAMPOLINE, join};
 use crate::console::{Console, Tail};
+use crate::descriptors;
 use crate::link::{self, Link};
 
 /// How long the outer Linux stays when nobody uses it.
@@ -64,6 +65,7 @@ enum End {
 pub fn run() -> Result<ExitCode> {
     // Not a part of the caller's terminal session: its Ctrl-C and hang-up are not for us.
     let _ = rustix::process::setsid();
+    descriptors::raise_limit();
     let files = Files::of_this_program()?;
     let _lock = files.lock_supervisor()?;
     files.clean();

@@ -50,7 +50,7 @@ pub fn kill(names: &[Name], signal: i32) -> Result<ExitCode> {
     each(names, |name| {
         store.check_exists(name)?;
         if !store.is_owned(name) {
-            bail!("machine {name} does not run");
+            bail!("machine {name} does not run: start it with `mvm start {name}`");
         }
         if signal == SIGKILL {
             return end_by_force(&store, name);
@@ -164,8 +164,8 @@ fn start_one(store: &Store, name: &Name) -> Result<()> {
         return Ok(());
     }
     match supervise::spawn(store, name)? {
-        true => Ok(()),
-        false => bail!("machine {name} could not be started"),
+        None => Ok(()),
+        Some(_) => bail!("machine {name} could not be started"),
     }
 }
 

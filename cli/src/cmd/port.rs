@@ -17,13 +17,13 @@ use crate::table::{self, Table};
 pub fn run(command: PortCommand) -> Result<ExitCode> {
     match command {
         PortCommand::Add { name, ports } => {
+            let publish = typed(&ports);
+            table::print(&lines(&forwards(&name, Op::PortAdd { publish })?))?;
             if let Some(wide) = ports.iter().find(|port| port.is_wide()) {
                 eprintln!(
                     "mvm: {wide} lets other computers reach the guest, not just programs of this one"
                 );
             }
-            let publish = typed(&ports);
-            table::print(&lines(&forwards(&name, Op::PortAdd { publish })?))?;
         }
         PortCommand::Rm { name, ports } => {
             let publish = typed(&ports);

@@ -39,6 +39,10 @@ pub fn run(names: &[Name], no_stream: bool, format: Format) -> Result<ExitCode> 
         store.check_exists(name)?;
     }
     let mut before = look(&store, names)?;
+    if !names.is_empty() && before.is_empty() {
+        // It was said why.
+        return Ok(ExitCode::from(FAILED));
+    }
     loop {
         thread::sleep(INTERVAL);
         let now = look(&store, names)?;

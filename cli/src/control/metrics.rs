@@ -53,6 +53,14 @@ pub fn text(machine: &Inspection, stats: &Stats) -> String {
         text: String::new(),
         machine: machine.name.to_string(),
     };
+    processor_and_memory(&mut page, stats);
+    disks(&mut page, stats);
+    nets(&mut page, stats);
+    connections(&mut page, stats);
+    page.text
+}
+
+fn processor_and_memory(page: &mut Page, stats: &Stats) {
     page.one("cpus", "gauge", "Virtual CPUs.", f64::from(stats.cpus));
     let seconds = stats.cpu_ns as f64 / 1e9;
     page.one(
@@ -74,7 +82,9 @@ pub fn text(machine: &Inspection, stats: &Stats) -> String {
         "Memory the host has given.",
         resident,
     );
+}
 
+fn disks(page: &mut Page, stats: &Stats) {
     let disks = || stats.disks.iter();
     let disk = |help: &'static str| (help, "disk");
     page.many(
@@ -91,7 +101,9 @@ pub fn text(machine: &Inspection, stats: &Stats) -> String {
     page.many("disk_read_bytes_total", disk("Bytes read."), read);
     let written = disks().map(|d| (&d.name, d.written_bytes));
     page.many("disk_written_bytes_total", disk("Bytes written."), written);
+}
 
+fn nets(page: &mut Page, stats: &Stats) {
     let nets = || stats.nets.iter();
     let net = |help: &'static str| (help, "interface");
     let received = nets().map(|n| (&n.name, n.received_bytes));
@@ -118,7 +130,9 @@ pub fn text(machine: &Inspection, stats: &Stats) -> String {
         net("Frames sent by the guest."),
         sent,
     );
+}
 
+fn connections(page: &mut Page, stats: &Stats) {
     let vsock = &stats.vsock;
     let connections = vsock.connections as f64;
     page.one(
@@ -141,13 +155,6 @@ pub fn text(machine: &Inspection, stats: &Stats) -> String {
         "Bytes the guest sent over vsock.",
         sent,
     );
-    let open = stats.forwarded as f64;
-    page.one(
-        "forwarded_connections",
-        "gauge",
-        "Open forwarded connections.",
-        open,
-    );
     let all = stats.forwarded_total as f64;
     page.one(
         "forwarded_connections_total",
@@ -155,7 +162,6 @@ pub fn text(machine: &Inspection, stats: &Stats) -> String {
         "Forwarded connections so far.",
         all,
     );
-    page.text
 }
 
 struct Page {

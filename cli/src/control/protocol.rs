@@ -353,10 +353,7 @@ pub struct Stats {
     /// What its vsock connections carried.
     #[serde(default)]
     pub vsock: VsockStats,
-    /// Forwarded connections that run.
-    #[serde(default)]
-    pub forwarded: u64,
-    /// All that ever were.
+    /// Forwarded connections so far.
     #[serde(default)]
     pub forwarded_total: u64,
 }

@@ -19,10 +19,13 @@ use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 use super::wire::{FromRunner, Relay, ToRunner, Up};
 use super::{Keyboard, build, watch_end};
 use crate::args::RunArgs;
-use crate::link;
+use crate::{descriptors, link};
 
 /// `VMADDR_PORT_ANY` of linux/vm_sockets.h: the kernel chooses.
 const ANY_PORT: u32 = u32::MAX;
+
+/// Connections from the host that wait to be accepted: as many as may come at once.
+const BACKLOG: i32 = 4096;
 
 /// How long a connection from the host may take to say what it is for.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -64,6 +67,7 @@ impl Write for Console {
 
 /// Makes the machine and serves the host until one of them ends.
 pub fn run(args: &RunArgs) -> Result<ExitCode> {
+    descriptors::raise_limit();
     let host = Host::default();
     match start(args, &host) {
         Ok(machine) => {
@@ -79,6 +83,9 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
 fn start(args: &RunArgs, host: &Host) -> Result<Arc<Machine>> {
     let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, ANY_PORT)
         .context("no vsock port for the host in the outer Linux")?;
+    // The library asks for room for 128 that wait.
+    rustix::net::listen(&listener, BACKLOG)
+        .context("the vsock port for the host is not to be had")?;
     let port = listener
         .local_addr()
         .context("the vsock port for the host has no number")?

@@ -154,18 +154,23 @@ impl Attendant {
             .context("the guest's ports cannot be forwarded")?;
         declare::offer_ssh_agent(&self.machine);
         *self.machine.state() = State::Running;
+        // The guest's own clock began when its kernel was some way into its boot.
+        self.machine.set_clock();
         vmm::release_program();
-        if self.mode == Mode::Background {
-            let claim = self.machine.claim();
-            let claim = claim.as_ref().context("the machine is nobody's")?;
-            supervise::say_ready(&claim.dir())?;
-        }
         if self.mode == Mode::Background && self.machine.args.command.is_empty() {
+            self.say_ready()?;
             return self.await_end();
         }
         let session = Session::start(link, self.exec(), &self.output, &self.machine.events)
             .context("the guest's agent cannot be reached")?;
         self.await_command(session)
+    }
+
+    /// Lets go of whoever started this supervisor.
+    fn say_ready(&self) -> Result<()> {
+        let claim = self.machine.claim();
+        let claim = claim.as_ref().context("the machine is nobody's")?;
+        supervise::say_ready(&claim.dir())
     }
 
     /// The command as the agent is asked for it.
@@ -288,6 +293,9 @@ impl Attendant {
                 }
                 Some(Event::Kill(signal)) => ignore_gone(session.signal(signal)),
                 Some(Event::Session(Some(FromSession::Started { .. }))) => {
+                    if self.mode == Mode::Background {
+                        self.say_ready()?;
+                    }
                     // Not before the guest's program is there to receive the keys.
                     if session.has_terminal() {
                         raw =
@@ -295,7 +303,7 @@ impl Attendant {
                     }
                 }
                 Some(Event::Session(Some(FromSession::Refused { reason, message }))) => {
-                    self.output.note(&message);
+                    self.tell(&message);
                     return Ok(refusal_code(reason));
                 }
                 Some(Event::Session(Some(FromSession::Exited(status)))) => {
@@ -305,13 +313,14 @@ impl Attendant {
                 Some(Event::OutputDone) => progress.outputs_done += 1,
                 Some(Event::Machine(ended)) => {
                     drop(raw.take());
-                    if let (Some(code), Ended::PowerOff) = (progress.code, &ended) {
-                        return Ok(code);
-                    }
-                    if self.machine.args.command.is_empty() && ended == Ended::PowerOff {
-                        return Ok(0);
-                    }
-                    return Err(self.ended_early(ended));
+                    return match ended {
+                        // A shell may power its machine off.
+                        Ended::PowerOff if self.machine.args.command.is_empty() => {
+                            Ok(progress.code.unwrap_or(0))
+                        }
+                        Ended::PowerOff => progress.code.ok_or_else(|| self.ended_early(ended)),
+                        ended => Err(self.ended_early(ended)),
+                    };
                 }
                 // Either its machine is ending, which is told in a moment, or it was asked to.
                 Some(Event::Session(None)) => {
@@ -325,6 +334,15 @@ impl Attendant {
                 self.timing.first_output = session.first_output();
                 return Ok(if progress.timed_out { TIMED_OUT } else { code });
             }
+        }
+    }
+
+    /// Says something about the command to whoever wants to know.
+    fn tell(&self, sentence: &str) {
+        self.output.note(sentence);
+        if self.mode == Mode::Background {
+            // Whoever started this supervisor still reads its standard error.
+            eprintln!("mvm: {sentence}");
         }
     }
 

@@ -94,14 +94,13 @@ impl Owner for Owned {
                     received_bytes: vsock.rx_bytes,
                     sent_bytes: vsock.tx_bytes,
                 }),
-            forwarded: 0,
             forwarded_total: forwards.iter().map(|forward| forward.connections).sum(),
         })
     }
 
     fn stop(&self, grace: Duration) -> Result<(), ControlError> {
         // A guest that stands still cannot end in an orderly way.
-        self.resume()?;
+        self.go_on()?;
         *self.state() = State::Stopping;
         self.tell(Event::Stop(grace))
     }
@@ -113,7 +112,7 @@ impl Owner for Owned {
     fn pause(&self) -> Result<(), ControlError> {
         let mut state = self.state();
         match *state {
-            State::Paused => {}
+            State::Paused => return Err(ControlError::failed("the machine is paused already")),
             State::Stopping => return Err(ControlError::failed("the machine is about to end")),
             _ => {
                 self.instance.pause()?;
@@ -124,19 +123,10 @@ impl Owner for Owned {
     }
 
     fn resume(&self) -> Result<(), ControlError> {
-        {
-            let mut state = self.state();
-            if *state != State::Paused {
-                return Ok(());
-            }
-            self.instance.resume()?;
-            *state = match self.kernel.get() {
-                Some(_) => State::Running,
-                None => State::Starting,
-            };
+        match self.go_on()? {
+            true => Ok(()),
+            false => Err(ControlError::failed("the machine is not paused")),
         }
-        self.set_clock();
-        Ok(())
     }
 
     fn rename(&self, to: &Name) -> Result<(), ControlError> {
@@ -160,6 +150,23 @@ impl Owner for Owned {
 }
 
 impl Owned {
+    /// Lets the CPUs go on, and sets the guest's clock; false where they were not paused.
+    fn go_on(&self) -> Result<bool> {
+        {
+            let mut state = self.state();
+            if *state != State::Paused {
+                return Ok(false);
+            }
+            self.instance.resume()?;
+            *state = match self.kernel.get() {
+                Some(_) => State::Running,
+                None => State::Starting,
+            };
+        }
+        self.set_clock();
+        Ok(true)
+    }
+
     fn tell(&self, event: Event) -> Result<(), ControlError> {
         self.events
             .send(event)

@@ -22,6 +22,7 @@ use crate::accel::{self, Choice};
 use crate::args::{Net, RunArgs};
 use crate::console::{Console, Tail};
 use crate::control::{Latch, Server, protocol::State};
+use crate::descriptors;
 use crate::event::{self, Event};
 use crate::forward::{Forwarder, proxy::Proxy};
 use crate::instance::{Instance, Plan};
@@ -87,6 +88,7 @@ pub fn own(
     mode: Mode,
     timing: Timing,
 ) -> Result<ExitCode> {
+    descriptors::raise_limit();
     let (events, inbox) = mpsc::channel();
     // From here on a signal ends the machine in an orderly way.
     event::watch_signals(events.clone()).context("signals cannot be watched")?;
