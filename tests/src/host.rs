@@ -5,11 +5,12 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use crate::process::{Output, Running};
+use crate::process::{Output, POLL, Running};
 
 /// The longest that any one step may take: an emulator on a busy machine is slow.
 pub const LIMIT: Duration = Duration::from_secs(180);
@@ -94,6 +95,34 @@ pub fn mvm_beside_machines() -> &'static str {
     }
 }
 
+/// The tests' own server for guests, built beside the tests.
+pub fn peer() -> PathBuf {
+    let test = env::current_exe().expect("a test knows its own file");
+    let dirs = test.ancestors().skip(1).take(2);
+    let mut places = dirs.map(|dir| dir.join("peer"));
+    places
+        .find(|path| path.is_file())
+        .expect("`peer` is built with the tests")
+}
+
+/// Polls `condition` until it gives something; `what` is said where it never does.
+#[track_caller]
+pub fn eventually<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
+    poll(condition).unwrap_or_else(|| panic!("never: {what}"))
+}
+
+/// Polls `condition` until it gives something, but no longer than any one step may take.
+pub fn poll<T>(mut condition: impl FnMut() -> Option<T>) -> Option<T> {
+    let deadline = Instant::now() + LIMIT;
+    loop {
+        let found = condition();
+        if found.is_some() || Instant::now() > deadline {
+            return found;
+        }
+        thread::sleep(POLL);
+    }
+}
+
 /// The path of a tool of the host; without it the test fails and names the package.
 pub fn tool(name: &str, package: &str) -> PathBuf {
     let path = env::var_os("PATH").unwrap_or_default();
@@ -121,6 +150,11 @@ pub fn is_root() -> bool {
 
 /// Says that a test does not run here, and why, where the test harness does not hide it.
 pub fn skipped(test: &str, reason: &str) {
+    warn(&format!("SKIPPED {test}: {reason}"));
+}
+
+/// Says something where the test harness does not hide it.
+pub fn warn(line: &str) {
     // Not eprintln: its output is shown of failing tests only.
-    let _ = writeln!(std::io::stderr(), "SKIPPED {test}: {reason}");
+    let _ = writeln!(std::io::stderr(), "{line}");
 }

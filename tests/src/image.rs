@@ -15,7 +15,11 @@ use crate::guest::Guest;
 use crate::host::{self, must_succeed, tool_command};
 
 /// To be raised when a recipe changes, so that images of an older one are not found.
-const RECIPES: u32 = 1;
+const RECIPES: u32 = 2;
+
+/// What a Debian system has besides the base.
+const DEBIAN_PACKAGES: &str =
+    "--include=fio,less,openssh-client,openssh-server,procps,python3,socat,vim-tiny";
 
 /// A filesystem that a root can have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,7 +85,7 @@ pub fn small(filesystem: Filesystem) -> PathBuf {
     })
 }
 
-/// A Debian system with fio; None, said aloud, where `test` lacks the root it takes to make one.
+/// A Debian system with what tests run in it; None, said aloud, where `test` lacks the root it takes to make one.
 pub fn debian(filesystem: Filesystem, test: &str) -> Option<PathBuf> {
     if !host::is_root() {
         host::skipped(test, "only root can unpack a Debian tree");
@@ -92,7 +96,7 @@ pub fn debian(filesystem: Filesystem, test: &str) -> Option<PathBuf> {
         command.args([
             "--quiet",
             "--variant=minbase",
-            "--include=fio",
+            DEBIAN_PACKAGES,
             "--format=directory",
         ]);
         command.arg(debian_suite()).arg(tree);
@@ -254,11 +258,12 @@ pub(crate) fn made(name: &str, recipe: impl FnOnce(&Path)) -> PathBuf {
 }
 
 fn images_dir() -> PathBuf {
-    // target/[triple/]profile/deps/test
+    // target/triple/profile/[deps/]test
     let test = std::env::current_exe().expect("a test knows its own file");
-    let target = test
-        .ancestors()
-        .nth(3)
+    let mut dirs = test.ancestors().skip(1);
+    let target = dirs
+        .find(|dir| !dir.ends_with("deps"))
+        .and_then(Path::parent)
         .expect("a test is below the target directory");
     let dir = target.join(format!("e2e-images-{RECIPES}"));
     fs::create_dir_all(&dir).expect("the directory of images can be made");

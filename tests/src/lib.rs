@@ -14,9 +14,13 @@ pub mod guest;
 pub mod host;
 pub mod image;
 pub mod kernel;
+pub mod machine;
+pub mod net;
 pub mod process;
 pub mod terminal;
+pub mod tmux;
 
 pub use guest::Guest;
+pub use machine::{Machine, Machines};
 pub use process::{Output, Running};
 pub use terminal::Terminal;

@@ -105,6 +105,12 @@ pub enum Input {
     Open,
 }
 
+impl From<File> for Input {
+    fn from(file: File) -> Self {
+        Self::File(file)
+    }
+}
+
 impl From<Vec<u8>> for Input {
     fn from(bytes: Vec<u8>) -> Self {
         Self::Bytes(bytes)
@@ -207,6 +213,25 @@ impl Running {
     /// Waits until it has written `text` to standard error.
     pub fn expect_stderr(&self, text: &str) {
         self.expect_in(&self.stderr, "standard error", text);
+    }
+
+    /// How many whole lines it has written to standard output.
+    pub fn stdout_lines(&self) -> usize {
+        let bytes = self.stdout.bytes();
+        bytes.iter().filter(|&&byte| byte == b'\n').count()
+    }
+
+    /// Waits until it has written more than `before` lines to standard output; the one after those.
+    pub fn expect_line(&self, before: usize) -> String {
+        let mut from = 0;
+        for _ in 0..=before {
+            match self.stdout.wait_for(from, "\n", LIMIT) {
+                Some(after) => from = after,
+                None => panic!("no line {before} comes from {}", self.so_far()),
+            }
+        }
+        let text = String::from_utf8_lossy(&self.stdout.bytes()[..from]).into_owned();
+        text.lines().next_back().unwrap_or_default().to_owned()
     }
 
     fn expect_in(&self, capture: &Capture, name: &str, text: &str) {

@@ -38,6 +38,13 @@ pub struct Terminal {
 impl Terminal {
     /// Starts `guest` with `command` on a terminal of `rows` lines and `columns` characters.
     pub fn start(guest: &Guest, command: &[&str], rows: u16, columns: u16) -> Self {
+        let mut process = Command::new(host::mvm());
+        process.args(guest.arguments(command));
+        Self::start_command(&process, rows, columns)
+    }
+
+    /// Starts `command` on a terminal of `rows` lines and `columns` characters.
+    pub fn start_command(command: &Command, rows: u16, columns: u16) -> Self {
         let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC)
             .expect("a pty can be made");
         grantpt(&master).expect("a pty can be granted");
@@ -57,13 +64,19 @@ impl Terminal {
         let mut process = Command::new(host::tool("setsid", "util-linux"));
         process
             .arg("--ctty")
-            .arg(host::mvm())
-            .args(guest.arguments(command));
-        process
-            .env("TERM", "vt100")
-            .stdin(copy())
-            .stdout(copy())
-            .stderr(copy());
+            .arg(command.get_program())
+            .args(command.get_args())
+            .env("TERM", "vt100");
+        if let Some(dir) = command.get_current_dir() {
+            process.current_dir(dir);
+        }
+        for (name, value) in command.get_envs() {
+            match value {
+                Some(value) => process.env(name, value),
+                None => process.env_remove(name),
+            };
+        }
+        process.stdin(copy()).stdout(copy()).stderr(copy());
         let mark = Mark::fresh();
         mark.put_on(&mut process);
         let child = process.spawn().expect("setsid can be run");

@@ -106,13 +106,12 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
     ),
     ("share/src/serve.rs", "a umask for one thread"),
     (
-<<<<<<< HEAD
-        "vmm/src/footprint.rs",
-        "madvise of the pages of this program's own file",
-=======
         "share/src/watch/fanotify.rs",
         "system calls that no crate here has",
->>>>>>> 3f42bb9 (share: the guest is told what the host changes)
+    ),
+    (
+        "vmm/src/footprint.rs",
+        "madvise of the pages of this program's own file",
     ),
     ("vmm/src/memory.rs", "mmap and madvise of guest memory"),
     (
