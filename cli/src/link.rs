@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -18,6 +19,12 @@ use crate::store::{Name, Store};
 
 /// The longest answer to a CONNECT line.
 const MAX_ANSWER: u64 = 64;
+
+/// Connections to the port of the greeting that are listened to at once.
+const MAX_GREETINGS: usize = 8;
+
+/// How long one may take over its greeting.
+const GREETING: Duration = Duration::from_secs(30);
 
 /// A way to the vsock ports of one guest.
 #[derive(Debug, Clone)]
@@ -110,20 +117,34 @@ impl Relayed {
 }
 
 /// Calls `greeted` with what the agent of a guest says when it is up, or cannot be.
+///
+/// Any program of the guest can connect there: few are listened to at once, and none for long.
 pub fn listen_for_hello(
     vsock: &VsockHandle,
     greeted: impl Fn(Hello) + Clone + Send + 'static,
 ) -> io::Result<()> {
+    let listened_to = Arc::new(AtomicUsize::new(0));
     vsock.listen(HELLO_PORT, move |stream| {
-        let greeted = greeted.clone();
+        if listened_to.load(Ordering::Relaxed) >= MAX_GREETINGS {
+            return;
+        }
+        listened_to.fetch_add(1, Ordering::Relaxed);
+        let (greeted, done) = (greeted.clone(), listened_to.clone());
         // The guest may be slow to say anything; the device's thread does not wait for it.
         let reader = thread::Builder::new().name("hello".into());
-        let spawned = reader.spawn(move || match protocol::receive(&stream) {
-            Ok(Some(hello)) => greeted(hello),
-            Ok(None) => {}
-            Err(error) => tracing::warn!("the guest's greeting makes no sense: {error}"),
+        let spawned = reader.spawn(move || {
+            let said = stream
+                .set_read_timeout(Some(GREETING))
+                .and_then(|()| protocol::receive(&stream));
+            match said {
+                Ok(Some(hello)) => greeted(hello),
+                Ok(None) => {}
+                Err(error) => tracing::debug!("a greeting of the guest makes no sense: {error}"),
+            }
+            done.fetch_sub(1, Ordering::Relaxed);
         });
         if let Err(error) = spawned {
+            listened_to.fetch_sub(1, Ordering::Relaxed);
             tracing::error!("no thread for the guest's greeting: {error}");
         }
     })

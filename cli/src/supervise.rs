@@ -1,17 +1,18 @@
 //! Machines in the background: each is owned by a process of its own, the supervisor, which outlives
 //! the command that started it.
 //!
-//! The supervisor says `ready` on its standard output when its command has started, and writes what it has to
-//! say after that to `mvm.log` in the machine's directory. Before, its standard error is the caller's.
+//! The supervisor says `ready` on its standard output when its command has started. Until then its standard
+//! error is the caller's; what it has to say after that goes into the machine's log.
 
 use std::env;
 use std::ffi::OsString;
-use std::fs::OpenOptions;
-use std::io::Read;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::thread;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
@@ -20,12 +21,13 @@ use kernels::cache::Cache;
 use crate::accel::{self, Choice};
 use crate::args::{self, Cli, RunArgs};
 use crate::owner::{self, Mode};
+use crate::record::{self, Stream};
 use crate::store::{Bytes, Definition, Name, Store};
 use crate::timing::Timing;
 use crate::{FAILED, prepare};
 
-/// The supervisor's own log, in the machine's directory.
-const LOG: &str = "mvm.log";
+/// The longest line that is recorded as one.
+const MAX_LINE: u64 = 4096;
 
 /// `mvm run -d`: makes a machine, and returns when its command has started.
 pub fn launch(args: &RunArgs, words: &[OsString]) -> Result<ExitCode> {
@@ -130,21 +132,36 @@ pub fn run(name: &Name) -> Result<ExitCode> {
     owner::own(*args, &words, claim, Mode::Background, timing)
 }
 
-/// Tells whoever started this supervisor that the command has started; from here on it speaks to its log.
-pub fn say_ready(dir: &Path) -> Result<()> {
+/// Tells whoever started this supervisor that the command has started; from here on its standard error goes to
+/// `log`, which does not grow without bound whatever a guest makes it say.
+pub fn say_ready(log: Arc<record::Writer>) -> Result<()> {
     println!("ready");
-    let path = dir.join(LOG);
-    let log = OpenOptions::new()
-        .create(true)
-        .write(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&path)
-        .with_context(|| format!("cannot write {}", path.display()))?;
+    let null = File::options().write(true).open("/dev/null")?;
+    let (said, errors) = std::io::pipe().context("no pipe for the supervisor's messages")?;
+    thread::Builder::new()
+        .name("messages".into())
+        .spawn(move || record_lines(said, &log))?;
     // The caller reads to the end of the pipe, so it has to end.
-    rustix::stdio::dup2_stdout(&log).context("standard output cannot be closed")?;
-    rustix::stdio::dup2_stderr(&log).context("standard error cannot be closed")?;
+    rustix::stdio::dup2_stdout(&null).context("standard output cannot be closed")?;
+    rustix::stdio::dup2_stderr(&errors).context("standard error cannot be closed")?;
     // Nothing keeps the directory in which the machine was started from being removed or unmounted.
     env::set_current_dir("/").context("the working directory cannot be left")?;
     Ok(())
+}
+
+fn record_lines(said: impl Read, log: &record::Writer) {
+    let mut said = BufReader::new(said);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        match said.by_ref().take(MAX_LINE).read_until(b'\n', &mut line) {
+            // Standard error stays open as long as the process lives.
+            Ok(0) | Err(_) => return,
+            Ok(_) => {
+                let line = line.trim_ascii();
+                let line = line.strip_prefix(b"mvm: ").unwrap_or(line);
+                log.write(Stream::Note, line);
+            }
+        }
+    }
 }

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use super::Owned;
 use crate::args::RunArgs;
 use crate::forward::proxy::Proxy;
-use crate::forward::spec::PortRange;
+use crate::forward::spec::{GuestEnd, HostEnd, PortRange, Publish};
 use crate::forward::{Auto, Declarations, Forwarder};
 use crate::store::{Bytes, Changes, Definition};
 
@@ -46,6 +46,18 @@ pub fn declarations(args: &RunArgs, definition: &Definition) -> Result<Declarati
             .then_some(auto),
         ssh_agent: ssh_agent_path(args).map(Path::to_owned),
     })
+}
+
+/// The guest ports for which the host's are to be chosen.
+pub fn without_host_port(declared: &Declarations) -> Vec<String> {
+    let rules = declared.publish.iter().flat_map(Publish::rules);
+    rules
+        .filter(|rule| matches!(rule.host, HostEnd::Port { port: None, .. }))
+        .filter_map(|rule| match rule.guest {
+            GuestEnd::Port(port) => Some(port.to_string()),
+            GuestEnd::Unix(_) => None,
+        })
+        .collect()
 }
 
 /// What is declared now, to be written down.

@@ -130,9 +130,15 @@ fn make(
     let made = || -> Result<(&'static str, Instance, Forwarder, Option<Proxy>, Latch)> {
         // What is in the way of a port shows before anything is booted.
         let declared = declare::declarations(&args, &claim.definition()?)?;
+        let chosen = declare::without_host_port(&declared);
         let forwarder = Forwarder::new(declared, |announcement| {
             eprintln!("mvm: {announcement}");
         })?;
+        for forward in forwarder.list()? {
+            if chosen.contains(&forward.guest) {
+                eprintln!("mvm: {} → guest port {}", forward.host, forward.guest);
+            }
+        }
         let proxy = declare::proxy(&args, &forwarder)?;
         let cache = Cache::open()?;
         let plan = Plan {

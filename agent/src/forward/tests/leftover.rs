@@ -36,7 +36,11 @@ fn use_connection(mut host: UnixStream, number: usize) {
             let _ = host.shutdown(Shutdown::Write);
             let _ = host.read(&mut [0; 16]);
         }
-        2 => while let Ok(1..) = host.read(&mut [0; 16]) {},
+        2 => {
+            // Both ends would wait for the other's first word.
+            let _ = host.shutdown(Shutdown::Write);
+            while let Ok(1..) = host.read(&mut [0; 16]) {}
+        }
         _ => {
             let _ = host.write_all(&[0; 100_000]);
         }
