@@ -166,7 +166,7 @@ impl Attendant {
         self.await_command(session)
     }
 
-    /// Lets go of whoever started this supervisor.
+    /// Lets go of whoever started this process, where it is a supervisor.
     fn say_ready(&self) -> Result<()> {
         match &self.output {
             Output::Record(log) => supervise::say_ready(log.clone()),
@@ -294,9 +294,7 @@ impl Attendant {
                 }
                 Some(Event::Kill(signal)) => ignore_gone(session.signal(signal)),
                 Some(Event::Session(Some(FromSession::Started { .. }))) => {
-                    if self.mode == Mode::Background {
-                        self.say_ready()?;
-                    }
+                    self.say_ready()?;
                     // Not before the guest's program is there to receive the keys.
                     if session.has_terminal() {
                         raw =
