@@ -7,6 +7,7 @@ use rustix::io::Errno;
 use crate::message::{Args, Reply};
 use crate::owner::Ids;
 use crate::passthrough::{Caller, Share};
+use crate::watch;
 use crate::wire::{self, InHeader, Opcode};
 
 /// What becomes of a request.
@@ -37,7 +38,10 @@ pub fn dispatch<'a>(share: &Share, message: &[u8], reply: &'a mut Reply) -> (Ans
         }
         // Whatever is to be interrupted is short, and answered as soon as it is done.
         Some(Opcode::Interrupt) => return (Answer::Silence, &[]),
-        Some(opcode) => run(share, opcode, &header, args, reply),
+        Some(opcode) => match watch::answer(share, opcode, &header, args, reply) {
+            Some(outcome) => outcome,
+            None => run(share, opcode, &header, args, reply),
+        },
     };
     if let Err(errno) = outcome {
         tracing::trace!(opcode = header.opcode, node = header.nodeid, %errno, "refused");

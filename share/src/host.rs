@@ -31,13 +31,29 @@ pub(crate) struct Key {
     pub ino: u64,
 }
 
+/// A time since 1970.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Time {
+    pub sec: i64,
+    pub nsec: u32,
+}
+
+impl From<StatxTimestamp> for Time {
+    fn from(time: StatxTimestamp) -> Self {
+        Self {
+            sec: time.tv_sec,
+            nsec: time.tv_nsec,
+        }
+    }
+}
+
 /// A file's attributes.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Stat {
     pub key: Key,
     /// When it was made, where the filesystem knows: tells a file from a later one with the same
     /// inode number.
-    pub birth: Option<(i64, u32)>,
+    pub birth: Option<Time>,
     /// Type and permissions.
     pub mode: u32,
     pub nlink: u32,
@@ -47,9 +63,9 @@ pub(crate) struct Stat {
     pub blocks: u64,
     pub blksize: u32,
     pub rdev: (u32, u32),
-    pub atime: StatxTimestamp,
-    pub mtime: StatxTimestamp,
-    pub ctime: StatxTimestamp,
+    pub atime: Time,
+    pub mtime: Time,
+    pub ctime: Time,
 }
 
 impl Stat {
@@ -68,7 +84,7 @@ impl Stat {
                 dev: rustix::fs::makedev(found.stx_dev_major, found.stx_dev_minor),
                 ino: found.stx_ino,
             },
-            birth: has_birth.then_some((found.stx_btime.tv_sec, found.stx_btime.tv_nsec)),
+            birth: has_birth.then(|| found.stx_btime.into()),
             mode: u32::from(found.stx_mode),
             nlink: found.stx_nlink,
             uid: found.stx_uid,
@@ -77,10 +93,30 @@ impl Stat {
             blocks: found.stx_blocks,
             blksize: found.stx_blksize,
             rdev: (found.stx_rdev_major, found.stx_rdev_minor),
-            atime: found.stx_atime,
-            mtime: found.stx_mtime,
-            ctime: found.stx_ctime,
+            atime: found.stx_atime.into(),
+            mtime: found.stx_mtime.into(),
+            ctime: found.stx_ctime.into(),
         })
+    }
+
+    /// Of an empty file of some kind that is nowhere.
+    pub fn nothing(key: Key, kind: FileType) -> Self {
+        let never = Time { sec: 0, nsec: 0 };
+        Self {
+            key,
+            birth: None,
+            mode: kind.as_raw_mode() | 0o644,
+            nlink: 1,
+            uid: 0,
+            gid: 0,
+            size: 0,
+            blocks: 0,
+            blksize: 4096,
+            rdev: (0, 0),
+            atime: never,
+            mtime: never,
+            ctime: never,
+        }
     }
 
     /// Of what `name` in `dir` is, be it a symbolic link.
@@ -176,6 +212,11 @@ impl Descriptors {
     pub fn hold_again(&self, file: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         rustix::fs::openat(&self.0, DecInt::from_fd(file), flags, Mode::empty())
+    }
+
+    /// A descriptor with which nothing can be done.
+    pub fn nothing(&self) -> Result<OwnedFd, Errno> {
+        rustix::io::fcntl_dupfd_cloexec(&self.0, 0)
     }
 
     /// Gives `held` one more name.

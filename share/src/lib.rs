@@ -22,4 +22,4 @@ pub use message::{Args, NAME_MAX, PATH_MAX, Reply, check_name, notification};
 pub use owner::{Ids, Owner, XATTR, XATTR_PREFIX};
 pub use passthrough::{Cache, Caller, Limits, MAX_TRANSFER, Options, Share, ShareError};
 pub use serve::serve;
-pub use watch::{Change, HostEvent, watch};
+pub use watch::{Change, HostEvent, Kind, watch};

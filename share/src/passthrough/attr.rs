@@ -9,7 +9,7 @@ use rustix::fs::{UTIME_NOW, UTIME_OMIT};
 use rustix::io::Errno;
 
 use super::{Share, shown_number};
-use crate::host::Stat;
+use crate::host::{Stat, Time};
 use crate::inode::{Held, Inode};
 use crate::owner::{Ids, Override, Owner};
 use crate::wire::{AttrOut, SetattrIn, StatfsOut, Statx, StatxOut, SxTime, fattr};
@@ -43,13 +43,12 @@ impl Share {
         let stat = Stat::fd(held.as_fd())?;
         let over = self.owners.recall(&inode, &held);
         let seen = self.owners.seen(&stat, &over);
-        let time = |sec, nsec| SxTime {
-            sec,
-            nsec,
+        let of = |time: Time| SxTime {
+            sec: time.sec,
+            nsec: time.nsec,
             reserved: 0,
         };
-        let of = |t: rustix::fs::StatxTimestamp| time(t.tv_sec, t.tv_nsec);
-        let birth = stat.birth.map(|(sec, nsec)| time(sec, nsec));
+        let birth = stat.birth.map(of);
         let watched = self.is_watched_above(&inode);
         let validity = self.validity(self.is_told_of(&inode, &stat, watched));
         Ok(StatxOut {
@@ -157,7 +156,7 @@ impl Share {
                 set_host_owner(held.as_fd(), Some(stat.uid), None)?;
             }
         }
-        if inode.kind == FileType::RegularFile {
+        if !matches!(inode.kind, FileType::Directory | FileType::Symlink) {
             let seen = self.owners.seen(&stat, &after).mode;
             let killed = privileges(seen);
             after.added &= !killed;

@@ -311,7 +311,7 @@ impl Share {
             self.inodes.unname(inode);
         } else if inode
             .place()
-            .is_some_and(|place| place.parent == parent && place.name.as_c_str() == name)
+            .is_some_and(|place| place == Place::new(parent, name))
         {
             self.inodes.set_place(inode, None);
         }
@@ -342,10 +342,7 @@ impl Share {
             // Two names of one file: nothing has happened.
             return Ok(());
         }
-        let place = |(parent, name): (u64, &CStr)| Place {
-            parent,
-            name: name.to_owned(),
-        };
+        let place = |(parent, name): (u64, &CStr)| Place::new(parent, name);
         if let Some((inode, _)) = &moved {
             self.inodes.set_place(inode, Some(place(to)));
         }

@@ -9,14 +9,15 @@ mod entry;
 mod file;
 mod init;
 mod readdir;
+mod replay;
 mod told;
 mod xattr;
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rustix::fs::{FileType, Mode, OFlags};
@@ -28,7 +29,7 @@ use crate::handle::Handles;
 use crate::host::{Descriptors, Key, Stat};
 use crate::inode::{Held, Inode, Inodes};
 use crate::owner::{Ids, Override, Owner, Owners, SUID_SGID};
-use crate::watch::Watcher;
+use crate::watch::{Replay, Watcher};
 use crate::wire::{Attr, EntryOut, ROOT_ID};
 
 /// The largest piece of a file that one request reads or writes, bytes.
@@ -156,6 +157,10 @@ pub struct Share {
     handles: Handles,
     /// Where the guest is told of changes.
     watcher: Option<Watcher>,
+    /// What an agent in the guest is doing again of what the host has done.
+    replay: Mutex<Option<Replay>>,
+    /// Whose requests those are; zero where there is none.
+    replayer: AtomicU32,
     /// What was agreed on with the guest's kernel: flags of [`crate::wire::init`].
     agreed: AtomicU64,
 }
@@ -185,6 +190,8 @@ impl Share {
             inodes: Inodes::new(root, &stat, limits.inodes, limits.descriptors),
             handles: Handles::new(limits.handles),
             watcher: open_watcher(options.cache),
+            replay: Mutex::default(),
+            replayer: AtomicU32::new(0),
             agreed: AtomicU64::new(0),
             options,
         })
@@ -299,12 +306,12 @@ impl Share {
             ino: shown_number(stat.key),
             size: stat.size,
             blocks: stat.blocks,
-            atime: seconds(stat.atime.tv_sec),
-            mtime: seconds(stat.mtime.tv_sec),
-            ctime: seconds(stat.ctime.tv_sec),
-            atimensec: stat.atime.tv_nsec,
-            mtimensec: stat.mtime.tv_nsec,
-            ctimensec: stat.ctime.tv_nsec,
+            atime: seconds(stat.atime.sec),
+            mtime: seconds(stat.mtime.sec),
+            ctime: seconds(stat.ctime.sec),
+            atimensec: stat.atime.nsec,
+            mtimensec: stat.mtime.nsec,
+            ctimensec: stat.ctime.nsec,
             mode: seen.mode,
             nlink: stat.nlink,
             uid: seen.uid,

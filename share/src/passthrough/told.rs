@@ -58,17 +58,29 @@ impl Share {
         self.inodes.all()
     }
 
+    /// The host has removed `name` from a directory, where `now` is what has taken its place. Returns
+    /// what it was, if the guest knows it.
+    pub(crate) fn lost(&self, dir: u64, name: &CStr, now: Option<&Stat>) -> Option<Arc<Inode>> {
+        let inode = self.inodes.at(&Place::new(dir, name))?;
+        if now.is_some_and(|stat| stat.key == inode.key && stat.birth == inode.birth) {
+            return None;
+        }
+        let still = inode.held().and_then(|held| Stat::fd(held.as_fd()).ok());
+        match still {
+            // It has other names, under which it may be found again.
+            Some(stat) if stat.nlink > 0 => self.inodes.set_place(&inode, None),
+            _ => self.inodes.unname(&inode),
+        }
+        Some(inode)
+    }
+
     /// The host has renamed something.
     pub(crate) fn was_moved(&self, from: (u64, &CStr), to: (u64, &CStr)) {
         let Some(inode) = self.stat(to.0, to.1).and_then(|stat| self.known(&stat)) else {
             return;
         };
-        let old = inode.place();
-        if old.is_some_and(|old| old.parent == from.0 && old.name.as_c_str() == from.1) {
-            let place = Place {
-                parent: to.0,
-                name: to.1.to_owned(),
-            };
+        if inode.place() == Some(Place::new(from.0, from.1)) {
+            let place = Place::new(to.0, to.1);
             self.inodes.set_place(&inode, Some(place));
         }
     }
@@ -82,7 +94,7 @@ impl Share {
             if steps.len() >= MAX_DEPTH {
                 return None;
             }
-            steps.push(place.name.into_bytes());
+            steps.push(place.name.to_bytes().to_vec());
             id = place.parent;
         }
         steps.reverse();

@@ -4,12 +4,11 @@ use std::ffi::{CStr, CString, OsString};
 use std::io::{self, IoSlice};
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::fs::FileType;
 use rustix::io::Errno;
 use zerocopy::{Immutable, IntoBytes};
 
 use super::Watcher;
-use super::event::{Change, HostEvent};
+use super::event::{Change, HostEvent, Kind};
 use super::fanotify::{Entry, Raised};
 use crate::channel::Channel;
 use crate::inode::Inode;
@@ -135,22 +134,19 @@ impl Notifier<'_> {
         if appeared || vanished {
             self.forget_entry(known)?;
         }
-        let Some(stat) = now else {
-            if vanished {
-                events.push(self.event(known, Change::Deleted { is_dir }));
+        if vanished {
+            // What the guest has open lives on, with one name less.
+            if let Some(inode) = self.share.lost(known.dir, known.name, now.as_ref()) {
+                self.forget_attributes(inode.id)?;
             }
-            return Ok(());
-        };
-        if vanished && !appeared {
-            // It is there again, of which another event tells.
             events.push(self.event(known, Change::Deleted { is_dir }));
         }
+        let Some(stat) = now else {
+            return Ok(());
+        };
         if appeared {
-            if vanished {
-                events.push(self.event(known, Change::Deleted { is_dir }));
-            }
-            let is_dir = stat.kind() == FileType::Directory;
-            events.push(self.event(known, Change::Created { is_dir }));
+            let kind = Kind::of(stat.kind());
+            events.push(self.event(known, Change::Created { kind }));
         }
         let written = mask & (libc::FAN_MODIFY | libc::FAN_CLOSE_WRITE) != 0;
         if let Some(inode) = self.share.known(&stat)
@@ -208,12 +204,16 @@ impl Notifier<'_> {
                     dir: to.dir,
                     path: self.share.path(to.dir).unwrap_or_default(),
                     name: to.name.to_owned(),
-                    is_dir,
                 };
                 events.push(self.event(&from, change));
             }
             (Some(from), None) => events.push(self.event(&from, Change::Deleted { is_dir })),
-            (None, Some(to)) => events.push(self.event(&to, Change::Created { is_dir })),
+            (None, Some(to)) => {
+                if let Some(stat) = self.share.stat(to.dir, to.name) {
+                    let kind = Kind::of(stat.kind());
+                    events.push(self.event(&to, Change::Created { kind }));
+                }
+            }
             (None, None) => {}
         }
         Ok(())

@@ -2,6 +2,8 @@
 
 use std::ffi::{CString, OsString};
 
+use rustix::fs::FileType;
+
 /// A change of the host's in a directory that the guest knows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostEvent {
@@ -15,13 +17,37 @@ pub struct HostEvent {
     pub change: Change,
 }
 
+/// What kind of file something is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A regular file.
+    File,
+    /// A directory.
+    Directory,
+    /// A symbolic link.
+    Symlink,
+    /// A FIFO, a socket or a device.
+    Special,
+}
+
+impl Kind {
+    pub(crate) fn of(kind: FileType) -> Self {
+        match kind {
+            FileType::RegularFile => Self::File,
+            FileType::Directory => Self::Directory,
+            FileType::Symlink => Self::Symlink,
+            _ => Self::Special,
+        }
+    }
+}
+
 /// What happened to an entry of a directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Change {
     /// It is there, and was not, or was something else.
     Created {
-        /// Whether it is a directory.
-        is_dir: bool,
+        /// What it is.
+        kind: Kind,
     },
     /// It was written.
     Modified,
@@ -42,8 +68,6 @@ pub enum Change {
         path: OsString,
         /// The new name.
         name: CString,
-        /// Whether it is a directory.
-        is_dir: bool,
     },
     /// More happened than could be told: anything may have changed.
     Overflow,

@@ -7,6 +7,7 @@
 mod coherence;
 mod event;
 mod fanotify;
+mod replay;
 
 use std::collections::HashMap;
 use std::os::fd::AsFd;
@@ -18,9 +19,10 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 
 pub use coherence::watch;
-pub use event::{Change, HostEvent};
+pub use event::{Change, HostEvent, Kind};
 pub(crate) use fanotify::FileId;
 use fanotify::Group;
+pub(crate) use replay::{Before, Replay, answer};
 
 use crate::inode::{Held, Inode, lock};
 

@@ -146,7 +146,7 @@ fn what_the_host_does_is_told_in_order_and_what_the_guest_does_is_not() {
     };
     expect(
         ": > a/b/file",
-        &["a/b/file Created { is_dir: false }", "a/b/file CloseWrite"],
+        &["a/b/file Created { kind: File }", "a/b/file CloseWrite"],
     );
     expect(
         "echo more >> a/b/file",
@@ -154,7 +154,7 @@ fn what_the_host_does_is_told_in_order_and_what_the_guest_does_is_not() {
     );
     expect("chmod 600 a/b/file", &["a/b/file Attrib"]);
     expect("mv a/b/file a/file", &["a/b/file Moved to a/file"]);
-    expect("mkdir a/b/c", &["a/b/c Created { is_dir: true }"]);
+    expect("mkdir a/b/c", &["a/b/c Created { kind: Directory }"]);
     expect("rmdir a/b/c", &["a/b/c Deleted { is_dir: true }"]);
     expect("rm a/file", &["a/file Deleted { is_dir: false }"]);
     assert!(mounted.is_quiet());

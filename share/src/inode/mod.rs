@@ -7,49 +7,38 @@
 //! the parent's descriptor, and then it has to be the same file still, by filesystem, inode number
 //! and time of birth. What has no name to find it by, and what is open, keeps its descriptor.
 
+mod held;
+
 use std::collections::{HashMap, VecDeque};
-use std::ffi::{CStr, CString};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ffi::CStr;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use rustix::fs::FileType;
 use rustix::io::Errno;
 
-use crate::host::{self, Key, Stat};
+use crate::host::{Key, Stat, Time};
 use crate::owner::Override;
 use crate::watch::Watch;
 use crate::wire::ROOT_ID;
-
-/// How many directories deep a path may be. Linux has no such limit, but paths of 4096 bytes.
-const MAX_DEPTH: usize = 4096;
-/// How many descriptors are looked at, at most, to find one that can be closed.
-const EVICTION_STEPS: usize = 64;
-
-/// A descriptor that counts.
-#[derive(Debug)]
-pub(crate) struct Held {
-    fd: OwnedFd,
-    count: Arc<AtomicUsize>,
-}
-
-impl AsFd for Held {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-}
-
-impl Drop for Held {
-    fn drop(&mut self) {
-        self.count.fetch_sub(1, Ordering::Relaxed);
-    }
-}
+pub(crate) use held::Held;
 
 /// Where an inode is found: a name in a directory.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Place {
     pub parent: u64,
-    pub name: CString,
+    pub name: Arc<CStr>,
+}
+
+impl Place {
+    /// `name` in `parent`.
+    pub fn new(parent: u64, name: &CStr) -> Self {
+        Self {
+            parent,
+            name: name.into(),
+        }
+    }
 }
 
 /// A file that the guest knows.
@@ -57,7 +46,7 @@ pub(crate) struct Place {
 pub(crate) struct Inode {
     pub id: u64,
     pub key: Key,
-    pub birth: Option<(i64, u32)>,
+    pub birth: Option<Time>,
     pub kind: FileType,
     /// How often replies named it. Changed under the table's lock only.
     lookups: AtomicU64,
@@ -107,6 +96,47 @@ impl Inode {
 struct Table {
     by_id: HashMap<u64, Arc<Inode>>,
     by_key: HashMap<Key, u64>,
+    /// Those that were found at a place, by that.
+    by_place: HashMap<Place, u64>,
+}
+
+impl Table {
+    /// The inode is found at `place` now, and nowhere else; what was found there before has no name.
+    fn put(&mut self, inode: &Inode, place: Option<Place>) {
+        if inode.id == ROOT_ID || *lock(&inode.place) == place {
+            return;
+        }
+        self.unplace(inode);
+        if let Some(place) = place {
+            let before = self.by_place.insert(place.clone(), inode.id);
+            if let Some(before) = before.and_then(|id| self.by_id.get(&id)) {
+                *lock(&before.place) = None;
+            }
+            *lock(&inode.place) = Some(place);
+        }
+    }
+
+    fn unplace(&mut self, inode: &Inode) {
+        if let Some(place) = lock(&inode.place).take()
+            && self.by_place.get(&place) == Some(&inode.id)
+        {
+            self.by_place.remove(&place);
+        }
+    }
+
+    /// Takes an inode out.
+    fn remove(&mut self, id: u64) -> Option<Arc<Inode>> {
+        let inode = self.by_id.remove(&id)?;
+        if self.by_key.get(&inode.key) == Some(&id) {
+            self.by_key.remove(&inode.key);
+        }
+        let place = inode.place();
+        if place.as_ref().and_then(|place| self.by_place.get(place)) == Some(&id) {
+            // The inode itself still says where it was.
+            place.as_ref().map(|place| self.by_place.remove(place));
+        }
+        Some(inode)
+    }
 }
 
 /// All inodes that the guest knows.
@@ -138,7 +168,7 @@ impl Inodes {
             held: Arc::default(),
             queue: Mutex::default(),
         };
-        let root_inode = Arc::new(Self::make(ROOT_ID, stat, None));
+        let root_inode = Arc::new(Self::make(ROOT_ID, stat));
         inodes.held.fetch_add(1, Ordering::Relaxed);
         *lock(&root_inode.held) = Some(Arc::new(Held {
             fd: root,
@@ -151,14 +181,14 @@ impl Inodes {
         inodes
     }
 
-    fn make(id: u64, stat: &Stat, place: Option<Place>) -> Inode {
+    fn make(id: u64, stat: &Stat) -> Inode {
         Inode {
             id,
             key: stat.key,
             birth: stat.birth,
             kind: stat.kind(),
             lookups: AtomicU64::new(1),
-            place: Mutex::new(place),
+            place: Mutex::new(None),
             held: Mutex::new(None),
             used: AtomicBool::new(true),
             handles: AtomicU32::new(0),
@@ -196,20 +226,15 @@ impl Inodes {
     /// # Errors
     /// `ENFILE` where the guest knows more inodes than it may.
     pub fn enter(&self, parent: u64, name: &CStr, stat: &Stat) -> Result<Arc<Inode>, Errno> {
-        let place = Place {
-            parent,
-            name: name.to_owned(),
-        };
+        let place = Place::new(parent, name);
         let mut table = self.write();
         let known = table.by_key.get(&stat.key).copied();
-        if let Some(inode) = known.and_then(|id| table.by_id.get(&id))
+        if let Some(inode) = known.and_then(|id| table.by_id.get(&id)).cloned()
             && inode.is(stat)
         {
             inode.lookups.fetch_add(1, Ordering::Relaxed);
-            if inode.id != ROOT_ID {
-                *lock(&inode.place) = Some(place);
-            }
-            return Ok(inode.clone());
+            table.put(&inode, Some(place));
+            return Ok(inode);
         }
         self.add(&mut table, stat, Some(place))
     }
@@ -230,13 +255,7 @@ impl Inodes {
         let mut table = self.write();
         let known = table.by_id.get(&inode.id).ok_or(Errno::STALE)?;
         known.lookups.fetch_add(1, Ordering::Relaxed);
-        self.set_place(
-            inode,
-            Some(Place {
-                parent,
-                name: name.to_owned(),
-            }),
-        );
+        table.put(inode, Some(Place::new(parent, name)));
         table.by_key.insert(inode.key, inode.id);
         Ok(())
     }
@@ -251,9 +270,10 @@ impl Inodes {
             return Err(Errno::NFILE);
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let inode = Arc::new(Self::make(id, stat, place));
+        let inode = Arc::new(Self::make(id, stat));
         table.by_key.insert(stat.key, id);
         table.by_id.insert(id, inode.clone());
+        table.put(&inode, place);
         Ok(inode)
     }
 
@@ -270,13 +290,8 @@ impl Inodes {
         if left > 0 {
             return None;
         }
-        let key = inode.key;
-        let gone = table.by_id.remove(&id);
-        if table.by_key.get(&key) == Some(&id) {
-            table.by_key.remove(&key);
-        }
         // Its descriptor is closed by the caller, which may take its time, with no lock held.
-        gone
+        table.remove(id)
     }
 
     /// Forgets all but the root, and returns what was forgotten.
@@ -285,6 +300,7 @@ impl Inodes {
         let gone = table.by_id.extract_if(|id, _| *id != ROOT_ID);
         let gone = gone.map(|(_, inode)| inode).collect();
         table.by_key.retain(|_, id| *id == ROOT_ID);
+        table.by_place.clear();
         gone
     }
 
@@ -305,129 +321,42 @@ impl Inodes {
 
     /// The inode is found at `place` now, or by no name.
     pub fn set_place(&self, inode: &Inode, place: Option<Place>) {
-        if inode.id != ROOT_ID {
-            *lock(&inode.place) = place;
-        }
+        self.write().put(inode, place);
+    }
+
+    /// The inode that was found at a place last.
+    pub fn at(&self, place: &Place) -> Option<Arc<Inode>> {
+        let table = self.read();
+        table.by_id.get(table.by_place.get(place)?).cloned()
     }
 
     /// The inode has lost its last name: a later file with its number is another.
     pub fn unname(&self, inode: &Inode) {
-        self.set_place(inode, None);
         let mut table = self.write();
+        table.put(inode, None);
         if table.by_key.get(&inode.key) == Some(&inode.id) {
             table.by_key.remove(&inode.key);
         }
     }
 
-    /// A descriptor of an inode.
+    /// An inode for a name that the host has not any more, which the guest is made to believe in.
     ///
     /// # Errors
-    /// `ESTALE` where it is not found any more where it was; `ENFILE` where there are too many
-    /// descriptors.
-    pub fn hold(&self, inode: &Arc<Inode>) -> Result<Arc<Held>, Errno> {
-        if let Some(held) = &*lock(&inode.held) {
-            inode.used.store(true, Ordering::Relaxed);
-            return Ok(held.clone());
-        }
-        // Up to the first that is held, then down again: no lock is held meanwhile, as names may
-        // have become a circle in the eyes of the guest.
-        let mut missing = vec![(inode.clone(), inode.place().ok_or(Errno::STALE)?)];
-        let mut dir = loop {
-            let parent = missing.last().ok_or(Errno::STALE)?.1.parent;
-            let parent = self.get(parent)?;
-            if let Some(held) = &*lock(&parent.held) {
-                break held.clone();
-            }
-            if missing.len() >= MAX_DEPTH {
-                return Err(Errno::STALE);
-            }
-            let place = parent.place().ok_or(Errno::STALE)?;
-            missing.push((parent, place));
-        };
-        while let Some((inode, place)) = missing.pop() {
-            dir = self.hold_at(&inode, dir.as_fd(), &place.name)?;
-        }
-        Ok(dir)
+    /// `ENFILE` where the guest knows more inodes than it may.
+    pub fn enter_ghost(&self, stat: &Stat) -> Result<Arc<Inode>, Errno> {
+        self.add(&mut self.write(), stat, None)
     }
 
-    /// Holds on to an inode that was just found as `name` in `dir`.
-    pub fn hold_at(
-        &self,
-        inode: &Arc<Inode>,
-        dir: BorrowedFd<'_>,
-        name: &CStr,
-    ) -> Result<Arc<Held>, Errno> {
-        if let Some(held) = &*lock(&inode.held) {
-            return Ok(held.clone());
-        }
-        let fd = match host::hold(dir, name) {
-            Err(Errno::MFILE | Errno::NFILE) => {
-                self.evict(EVICTION_STEPS);
-                host::hold(dir, name)
-            }
-            outcome => outcome,
-        };
-        let fd = fd.map_err(|errno| match errno {
-            // Another file took its place, or none.
-            Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV => Errno::STALE,
-            errno => errno,
-        })?;
-        if !inode.is(&Stat::fd(fd.as_fd())?) {
-            return Err(Errno::STALE);
-        }
-        self.keep(inode, fd)
+    /// A number that no inode has, nor will have.
+    pub fn spare_number(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
     }
 
-    /// Keeps `fd` as the descriptor of `inode`.
-    pub fn keep(&self, inode: &Arc<Inode>, fd: OwnedFd) -> Result<Arc<Held>, Errno> {
-        let held = {
-            let mut slot = lock(&inode.held);
-            if let Some(held) = &*slot {
-                return Ok(held.clone());
-            }
-            self.held.fetch_add(1, Ordering::Relaxed);
-            let held = Arc::new(Held {
-                fd,
-                count: self.held.clone(),
-            });
-            *slot = Some(held.clone());
-            held
-        };
-        inode.used.store(true, Ordering::Relaxed);
-        lock(&self.queue).push_back(Arc::downgrade(inode));
-        let excess = self.held().saturating_sub(self.max_held);
-        if excess > 0 {
-            self.evict(excess);
-            // All of them are needed: some slack for what is in use right now, no more.
-            if self.held() > self.max_held + self.max_held / 8 + EVICTION_STEPS {
-                lock(&inode.held).take();
-                return Err(Errno::NFILE);
-            }
-        }
-        Ok(held)
-    }
-
-    /// Closes up to `count` descriptors that were not used lately.
-    fn evict(&self, count: usize) {
-        let mut closed = Vec::new();
-        let mut queue = lock(&self.queue);
-        for _ in 0..queue.len().min(EVICTION_STEPS + count) {
-            let Some(weak) = queue.pop_front() else {
-                break;
-            };
-            let Some(inode) = weak.upgrade() else {
-                continue;
-            };
-            if inode.used.swap(false, Ordering::Relaxed) || !inode.evictable() {
-                queue.push_back(weak);
-                continue;
-            }
-            closed.extend(lock(&inode.held).take());
-            if closed.len() >= count {
-                break;
-            }
-        }
-        drop(queue);
-        drop(closed);
+    /// The guest is told of an inode once more, if it still knows it.
+    pub fn tell_again(&self, inode: &Inode) -> Result<(), Errno> {
+        let table = self.write();
+        let known = table.by_id.get(&inode.id).ok_or(Errno::STALE)?;
+        known.lookups.fetch_add(1, Ordering::Relaxed);
+        Ok(())
     }
 }
