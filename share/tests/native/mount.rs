@@ -164,13 +164,19 @@ impl Mounted {
             .expect("the host did nothing")
     }
 
+    /// What the host has done before a moment in which it did nothing.
+    pub fn events_until_quiet(&self) -> Vec<HostEvent> {
+        std::iter::from_fn(|| self.events.recv_timeout(MOMENT).ok()).collect()
+    }
+
     /// Nothing more was told of what the host has done.
     pub fn is_quiet(&self) -> bool {
-        self.events
-            .recv_timeout(Duration::from_millis(200))
-            .is_err()
+        self.events.recv_timeout(MOMENT).is_err()
     }
 }
+
+/// How long nothing has to happen until nothing is expected to happen any more.
+const MOMENT: Duration = Duration::from_millis(200);
 
 /// How long is waited for what has to come.
 pub const PATIENCE: Duration = Duration::from_secs(20);
