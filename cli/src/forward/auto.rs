@@ -54,6 +54,11 @@ impl AutoPublisher {
         self.skipped = PortSet::new();
     }
 
+    /// Whether anything is published.
+    pub fn is_on(&self) -> bool {
+        self.auto.is_some()
+    }
+
     /// Publishes `port` of the guest no more.
     pub fn exclude(&mut self, port: u16) {
         if let (Some(auto), Some(range)) = (&mut self.auto, PortRange::new(port, port)) {
@@ -171,11 +176,12 @@ impl AutoPublisher {
         let bound = PublishedPorts::bind_auto(port, before).map_err(|error| error.source);
         let inserted = bound.and_then(|bound| {
             self.before.insert(port, bound.port());
-            published.insert(bound, poller)
+            let host = bound.host();
+            published.insert(bound, poller).map(|()| host)
         });
         match inserted {
-            Ok(forward) => Announcement::Published {
-                url: url(&forward.host),
+            Ok(host) => Announcement::Published {
+                url: url(&host),
                 guest: port,
             },
             Err(error) => {

@@ -19,12 +19,22 @@ const BACKLOG: usize = 1 << 20;
 /// Dials under way at once.
 const MAX_DIALS: usize = 4096;
 
+/// Whether the agent reports what listens in the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Watch {
+    Off,
+    /// It was asked to, and did not yet.
+    Asked,
+    On,
+}
+
 /// A connected agent.
 pub struct Agent {
     guest: Arc<dyn Guest>,
     control: Framed,
     /// Whether room to write is waited for.
     waiting: bool,
+    watch: Watch,
     /// Why it is of no use any more.
     lost: Option<io::Error>,
 }
@@ -38,6 +48,7 @@ impl Agent {
             guest,
             control,
             waiting: false,
+            watch: Watch::Off,
             lost: None,
         })
     }
@@ -54,6 +65,31 @@ impl Agent {
         {
             self.lost = Some(error);
         }
+    }
+
+    /// Has it report what listens in the guest, or not any more.
+    pub fn watch(&mut self, on: bool) {
+        if on != (self.watch != Watch::Off) {
+            self.watch = match on {
+                true => Watch::Asked,
+                false => Watch::Off,
+            };
+            self.tell(&ToForwarder::Watch(on));
+        }
+    }
+
+    /// Takes note of a report; whether it was asked for.
+    pub fn reported(&mut self) -> bool {
+        let asked = self.watch != Watch::Off;
+        if asked {
+            self.watch = Watch::On;
+        }
+        asked
+    }
+
+    /// Whether its first report is still to come.
+    pub fn is_about_to_report(&self) -> bool {
+        self.watch == Watch::Asked
     }
 
     /// Sends what waits, and reads what is there for [`Agent::next`].

@@ -8,7 +8,7 @@ use std::sync::mpsc::{self, Receiver, TryRecvError};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use agent::protocol::{DialError, FromForwarder, ToForwarder};
+use agent::protocol::{DialError, FromForwarder, Listener, ToForwarder};
 
 use super::announce::{Announce, Announcer};
 use super::auto::{Auto, AutoPublisher};
@@ -19,13 +19,20 @@ use super::dial::Dialed;
 use super::error::BindError;
 use super::poll::{Poller, Ready, Token};
 use super::ports::PortSet;
-use super::published::{PublishedPorts, host_ports};
+use super::published::{Published, PublishedPorts, host_ports};
 use super::reverse::{Reverses, Wish};
-use super::spec::Publish;
+use super::spec::{Publish, Rule};
 use super::{Command, Forward, ForwardError, Forwarder, Guest, Kind, Reply, Shared, lock};
 
 /// How often what the guest says about its listeners has an effect at most.
 const LISTENERS_PAUSE: Duration = Duration::from_millis(20);
+
+/// How long an answer to whoever publishes a port waits for the guest's listeners, where they were not known:
+/// once it is given, the port does what it will do.
+const REPORT_PATIENCE: Duration = Duration::from_secs(1);
+
+/// Where the answer goes that ports are published.
+type PublishReply = Reply<Result<Vec<Forward>, BindError>>;
 
 /// All that the thread owns.
 pub struct Hub {
@@ -41,6 +48,8 @@ pub struct Hub {
     /// The same, newer, until it is due.
     news: Option<PortSet>,
     news_due: Instant,
+    /// Answers that wait for the agent's first report, and until when.
+    late: Vec<(Instant, PublishReply, Vec<Forward>)>,
     dials: Dials,
     published: PublishedPorts,
     auto: AutoPublisher,
@@ -69,6 +78,7 @@ impl Hub {
             guest_ports: PortSet::new(),
             news: None,
             news_due: Instant::now(),
+            late: Vec::new(),
             dials: Dials::default(),
             published: PublishedPorts::default(),
             auto: AutoPublisher::new(),
@@ -109,6 +119,7 @@ impl Hub {
         let news = self.news.is_some().then_some(self.news_due);
         let all = [
             news,
+            self.late.first().map(|(due, ..)| *due),
             self.dials.deadline(),
             self.published.deadline(),
             self.auto.deadline(),
@@ -123,6 +134,9 @@ impl Hub {
     fn expire(&mut self, now: Instant) {
         if now >= self.news_due && self.news.is_some() {
             self.follow();
+        }
+        if self.late.first().is_some_and(|(due, ..)| *due <= now) {
+            self.answer_late();
         }
         self.dials.expire(now, self.agent.as_mut());
         self.published.expire(now, &self.poller);
@@ -180,7 +194,17 @@ impl Hub {
     fn carry_out(&mut self, command: Command) {
         match command {
             Command::Attach(guest, control) => self.attach(guest, control),
-            Command::Publish(publish, reply) => drop(reply.send(self.publish(&publish))),
+            Command::Publish(publish, reply) => {
+                let published = self.publish(&publish);
+                let unknown = self.agent.as_ref().is_some_and(Agent::is_about_to_report);
+                match published {
+                    Ok(forwards) if unknown => {
+                        let due = Instant::now() + REPORT_PATIENCE;
+                        self.late.push((due, reply, forwards));
+                    }
+                    result => drop(reply.send(result)),
+                }
+            }
             Command::Remove(publish, reply) => drop(reply.send(self.remove(&publish))),
             Command::SetAuto(auto) => self.set_auto(auto),
             Command::Reverse(wish, reply) => self.reverse(wish, Some(reply)),
@@ -211,7 +235,6 @@ impl Hub {
         self.drop_agent();
         match Agent::new(guest, control, &self.poller) {
             Ok(mut agent) => {
-                agent.tell(&ToForwarder::Watch(true));
                 self.reverses.attach(&mut agent);
                 self.agent = Some(agent);
                 self.follow();
@@ -231,6 +254,7 @@ impl Hub {
             agent.close(&self.poller);
         }
         self.news = Some(PortSet::new());
+        self.answer_late();
         self.dials.fail();
         self.reverses.detach();
         self.connects.fail(&self.poller);
@@ -274,12 +298,7 @@ impl Hub {
 
     fn answer(&mut self, message: FromForwarder) {
         match message {
-            FromForwarder::Listeners(listeners) => {
-                self.news = Some(PortSet::reachable(&listeners));
-                if Instant::now() >= self.news_due {
-                    self.follow();
-                }
-            }
+            FromForwarder::Listeners(listeners) => self.reported(&listeners),
             FromForwarder::Dialed { token, result } => self.dialed(token, result),
             FromForwarder::Bound { id, result } => {
                 self.reverses.bound(id, result, &mut self.announcer);
@@ -290,6 +309,29 @@ impl Hub {
                 let outcome = self.reverses.accepted(purpose, connects, poller);
                 self.conclude(outcome);
             }
+        }
+    }
+
+    /// Takes what listens in the guest, and does what that asks for unless it did so just now.
+    fn reported(&mut self, listeners: &[Listener]) {
+        let Some(agent) = &mut self.agent else {
+            return;
+        };
+        let first = agent.is_about_to_report();
+        if !agent.reported() {
+            return;
+        }
+        self.news = Some(PortSet::reachable(listeners));
+        if first || Instant::now() >= self.news_due {
+            self.follow();
+        }
+        self.answer_late();
+    }
+
+    fn answer_late(&mut self) {
+        for (_, reply, forwards) in self.late.drain(..) {
+            // Whoever asked may have gone.
+            let _ = reply.send(Ok(forwards));
         }
     }
 
@@ -308,6 +350,15 @@ impl Hub {
             self.guest_ports = news;
             self.news_due = Instant::now() + LISTENERS_PAUSE;
         }
+        let of_ports = |one: &Published| one.guest_port().is_some();
+        let needed = self.auto.is_on() || self.published.iter().any(of_ports);
+        if let Some(agent) = &mut self.agent {
+            agent.watch(needed);
+        }
+        if !needed {
+            // Nobody says when they go.
+            self.guest_ports = PortSet::new();
+        }
         let published = &mut self.published;
         let news = self.auto.follow(&self.guest_ports, published, &self.poller);
         let ports = self.agent.is_some().then_some(&self.guest_ports);
@@ -322,20 +373,18 @@ impl Hub {
         // What was published by itself makes way, and may come back elsewhere.
         let (rules, taken) = (publish.rules(), host_ports(publish));
         self.published.remove(&self.poller, |one| {
-            let guest = &one.rule().guest;
-            one.is_auto()
-                && (taken.contains(&one.port()) || rules.iter().any(|rule| rule.guest == *guest))
+            let same = |rule: &Rule| {
+                rule.guest == one.rule().guest && rule.protocol == one.rule().protocol
+            };
+            one.is_auto() && (taken.contains(&one.port()) || rules.iter().any(same))
         });
         let bound: Result<Vec<_>, _> = rules
             .into_iter()
             .map(|rule| PublishedPorts::bind(Kind::Published, rule))
             .collect();
         let inserted = bound.and_then(|bound| {
-            let insert = |one| {
-                let inserted = self.published.insert(one, &self.poller);
-                inserted.map_err(BindError::broken)
-            };
-            bound.into_iter().map(insert).collect()
+            let inserted = self.published.insert_all(bound, &self.poller);
+            inserted.map_err(BindError::broken)
         });
         self.follow();
         inserted

@@ -86,6 +86,16 @@ impl Published {
         }
     }
 
+    /// Waits for the sockets that always listen.
+    fn wait(&self, id: u32, poller: &Poller) -> io::Result<()> {
+        for (which, socket) in (0..).zip(&self.sockets) {
+            if !matches!(socket, HostSocket::Tcp(_)) {
+                poller.add(socket, Token::Host(id, which))?;
+            }
+        }
+        Ok(())
+    }
+
     fn forward(&self) -> Forward {
         let listens = self.sockets.iter().any(|socket| match socket {
             HostSocket::Tcp(port) => port.is_listening(),
@@ -186,21 +196,34 @@ impl PublishedPorts {
         })
     }
 
-    /// Adds it; listeners that always listen are waited for from now on.
-    pub fn insert(&mut self, published: Published, poller: &Poller) -> io::Result<Forward> {
-        while self.all.contains_key(&self.next) {
+    /// Adds all of them or none; listeners that always listen are waited for from now on.
+    pub fn insert_all(
+        &mut self,
+        published: Vec<Published>,
+        poller: &Poller,
+    ) -> io::Result<Vec<Forward>> {
+        let (mut ids, mut forwards) = (Vec::new(), Vec::new());
+        for one in published {
+            while self.all.contains_key(&self.next) {
+                self.next = self.next.wrapping_add(1);
+            }
+            let id = self.next;
             self.next = self.next.wrapping_add(1);
-        }
-        let id = self.next;
-        self.next = self.next.wrapping_add(1);
-        for (which, socket) in (0..).zip(&published.sockets) {
-            if !matches!(socket, HostSocket::Tcp(_)) {
-                poller.add(socket, Token::Host(id, which))?;
+            let waits = one.wait(id, poller);
+            ids.push(id);
+            forwards.push(one.forward());
+            self.all.insert(id, one);
+            if let Err(error) = waits {
+                self.take(&ids, poller);
+                return Err(error);
             }
         }
-        let forward = published.forward();
-        self.all.insert(id, published);
-        Ok(forward)
+        Ok(forwards)
+    }
+
+    /// Adds one.
+    pub fn insert(&mut self, published: Published, poller: &Poller) -> io::Result<()> {
+        self.insert_all(vec![published], poller).map(drop)
     }
 
     /// Takes away what `chosen` says, closing its sockets, and returns it.

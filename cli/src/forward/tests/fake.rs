@@ -71,8 +71,7 @@ impl FakeGuest {
                 return found;
             }
             assert!(Instant::now() < deadline, "{what}: it did not come to that");
-            let (lock, changed) = (&self.shared.0, &self.shared.1);
-            let _ = lock;
+            let changed = &self.shared.1;
             state = changed
                 .wait_timeout(state, Duration::from_millis(50))
                 .unwrap()
@@ -170,6 +169,11 @@ impl FakeGuest {
     /// Waits until the host watches for listeners.
     pub fn watched(&self) {
         self.wait("being watched", |state| state.watched.then_some(()));
+    }
+
+    /// Waits until it does not.
+    pub fn unwatched(&self) {
+        self.wait("not being watched", |state| (!state.watched).then_some(()));
     }
 
     /// The agent goes, with all its connections.

@@ -34,7 +34,7 @@ fn publishing(publish: &[String]) -> (Forwarder, FakeGuest) {
     });
     let guest = FakeGuest::new();
     forwarder.attach(guest.clone()).unwrap();
-    guest.watched();
+    guest.control();
     (forwarder, guest)
 }
 

@@ -339,3 +339,21 @@ fn a_machine_that_has_ended_is_reported_as_such() {
     let refused = forwarder.dial_and_wait(Target::Loopback(1)).err();
     assert!(matches!(refused, Some(DialError::Other(_))), "{refused:?}");
 }
+
+#[test]
+fn the_guest_is_watched_only_while_a_port_needs_it() {
+    let (forwarder, guest) = publishing(&[]);
+    guest.serve(8000, echo_at_end);
+    // Once the first port is published it answers, as the second does.
+    for _ in 0..2 {
+        let (first, second) = (free_port(), free_port());
+        let publish = |port| forwarder.publish(&format!("{port}:8000").parse().unwrap());
+        for port in [first, second] {
+            publish(port).unwrap();
+            assert_eq!(ask(connect(port).unwrap(), b"now").unwrap(), b"now");
+        }
+        guest.watched();
+        forwarder.remove(&"8000".parse().unwrap()).unwrap();
+        guest.unwatched();
+    }
+}
