@@ -5,12 +5,19 @@
 //! is still the one at the path.
 
 use std::fs::{self, File, OpenOptions};
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+
+/// How long a lock may be looked at by others without a pause.
+const LOOKED_AT: Duration = Duration::from_secs(10);
 
 /// A lock that is held; given back, and its file removed, when this is dropped.
 #[derive(Debug)]
@@ -22,16 +29,16 @@ pub struct Lock {
 impl Lock {
     /// Takes the lock at `path`, waiting while another process holds it.
     pub fn wait(path: &Path) -> Result<Self> {
-        Self::take(path, FlockOperation::LockExclusive)?
+        Self::take(path, How::Wait)?
             .with_context(|| format!("the lock {} cannot be taken", path.display()))
     }
 
     /// Takes the lock at `path`; None where another process holds it.
     pub fn attempt(path: &Path) -> Result<Option<Self>> {
-        Self::take(path, FlockOperation::NonBlockingLockExclusive)
+        Self::take(path, How::Attempt)
     }
 
-    fn take(path: &Path, how: FlockOperation) -> Result<Option<Self>> {
+    fn take(path: &Path, how: How) -> Result<Option<Self>> {
         loop {
             let file = OpenOptions::new()
                 .create(true)
@@ -40,13 +47,14 @@ impl Lock {
                 .mode(0o600)
                 .open(path)
                 .with_context(|| format!("cannot open the lock {}", path.display()))?;
-            match flock(&file, how) {
-                Ok(()) => {}
-                Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(error) => {
-                    return Err(error).with_context(|| format!("cannot lock {}", path.display()));
-                }
+            let locked = match how {
+                How::Wait => lock(&file, FlockOperation::LockExclusive)
+                    .map(|()| true)
+                    .map_err(io::Error::from),
+                How::Attempt => attempt(&file),
+            };
+            if !locked.with_context(|| format!("cannot lock {}", path.display()))? {
+                return Ok(None);
             }
             if is_at(&file, path)? {
                 return Ok(Some(Self {
@@ -65,12 +73,46 @@ impl Drop for Lock {
     }
 }
 
+#[derive(Debug, Clone, Copy)]
+enum How {
+    Wait,
+    Attempt,
+}
+
 /// Whether another process holds the lock at `path`.
 pub fn is_held(path: &Path) -> bool {
     match File::open(path) {
-        Ok(file) => flock(&file, FlockOperation::NonBlockingLockShared).is_err(),
+        Ok(file) => lock(&file, FlockOperation::NonBlockingLockShared).is_err(),
         Err(_) => false,
     }
+}
+
+/// Locks `file` for as long as it is open; false where another process has.
+///
+/// Those who only look whether it is locked share it for a moment, and are waited for.
+pub fn attempt(file: &File) -> io::Result<bool> {
+    let deadline = Instant::now() + LOOKED_AT;
+    loop {
+        match lock(file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => {}
+            locked => return Ok(locked.map(|()| true)?),
+        }
+        match lock(file, FlockOperation::NonBlockingLockShared) {
+            Err(Errno::WOULDBLOCK) => return Ok(false),
+            shared => shared?,
+        }
+        lock(file, FlockOperation::Unlock)?;
+        if Instant::now() > deadline {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        // Of several who try this at once, each sleeps for another while.
+        let pause = 1 + RandomState::new().hash_one(deadline) % 1000;
+        thread::sleep(Duration::from_micros(pause));
+    }
+}
+
+fn lock(file: &File, how: FlockOperation) -> rustix::io::Result<()> {
+    rustix::io::retry_on_intr(|| flock(file, how))
 }
 
 fn is_at(file: &File, path: &Path) -> Result<bool> {
@@ -88,7 +130,6 @@ fn is_at(file: &File, path: &Path) -> Result<bool> {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
-    use std::thread;
 
     #[test]
     fn a_lock_excludes_and_leaves_no_file() {

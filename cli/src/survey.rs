@@ -122,13 +122,7 @@ impl Survey {
         match entry.standing {
             Ok(Standing::Owned) => survey.ask(store),
             Ok(Standing::Killed) => survey.status = Status::Dead,
-            Ok(Standing::Ended(ending)) => {
-                survey.status = match ending.error {
-                    Some(_) => Status::Failed,
-                    None => Status::Exited,
-                };
-                survey.ending = Some(ending);
-            }
+            Ok(Standing::Ended(ending)) => survey.end(ending),
             Err(error) => survey.trouble = Some(format!("{error:#}")),
         }
         match entry.definition {
@@ -142,6 +136,14 @@ impl Survey {
             }
         }
         survey
+    }
+
+    fn end(&mut self, ending: Ending) {
+        self.status = match ending.error {
+            Some(_) => Status::Failed,
+            None => Status::Exited,
+        };
+        self.ending = Some(ending);
     }
 
     /// Asks the machine's owner.
@@ -162,10 +164,7 @@ impl Survey {
             }
             // It may have ended while it was asked.
             other => match store.standing(&self.name) {
-                Ok(Standing::Ended(ending)) => {
-                    self.status = Status::Exited;
-                    self.ending = Some(ending);
-                }
+                Ok(Standing::Ended(ending)) => self.end(ending),
                 Ok(Standing::Killed) => self.status = Status::Dead,
                 // It begins to listen when it is made, and has not said who it is before.
                 _ if self.owner.is_none() => self.status = Status::Starting,

@@ -8,6 +8,8 @@ mod latch;
 mod metrics;
 pub mod protocol;
 mod server;
+#[cfg(test)]
+mod tests;
 
 pub use latch::Latch;
 pub use server::{Owner, Server};

@@ -20,14 +20,25 @@ use super::protocol::{
 use super::{Latch, metrics};
 use crate::store::Name;
 
-/// Connections served at once. One that was turned over to the guest is none any more.
-const MAX_CONNECTIONS: usize = 256;
+/// What clients are given.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Limits {
+    /// Connections served at once. One that was turned over to the guest is none any more.
+    pub connections: usize,
+    /// How long one message may take to arrive or to leave, from its first byte to its last.
+    pub message: Duration,
+    /// How long a connection may stay without a request.
+    pub idle: Duration,
+}
 
-/// How long one message may take to arrive or to leave, from its first byte to its last.
-const MESSAGE: Duration = Duration::from_secs(10);
+const LIMITS: Limits = Limits {
+    connections: 256,
+    message: Duration::from_secs(10),
+    idle: Duration::from_secs(60),
+};
 
-/// How long a connection may stay without a request.
-const IDLE: Duration = Duration::from_secs(60);
+/// The highest number of a signal on Linux.
+const LAST_SIGNAL: i32 = 64;
 
 /// How long replies may take when the server ends.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -80,6 +91,7 @@ pub struct Server {
 
 #[derive(Debug)]
 struct Shared {
+    limits: Limits,
     connections: Mutex<usize>,
     fewer: Condvar,
     /// Readable once the server ends.
@@ -89,8 +101,18 @@ struct Shared {
 impl Server {
     /// Serves `listener` for `owner`, to processes of this user and to root.
     pub fn start<O: Owner>(listener: UnixListener, owner: Arc<O>) -> io::Result<Self> {
+        Self::start_within(LIMITS, listener, owner)
+    }
+
+    /// As [`Server::start`], with limits of one's own.
+    pub(super) fn start_within<O: Owner>(
+        limits: Limits,
+        listener: UnixListener,
+        owner: Arc<O>,
+    ) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let shared = Arc::new(Shared {
+            limits,
             connections: Mutex::new(0),
             fewer: Condvar::new(),
             over: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
@@ -130,19 +152,35 @@ impl Shared {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The stream, for one message.
+    fn timed<'a>(&self, stream: &'a UnixStream) -> Timed<'a> {
+        Timed {
+            stream,
+            deadline: Instant::now() + self.limits.message,
+        }
+    }
+
+    fn reply(&self, to: &UnixStream, result: Result<Answer, ControlError>) -> io::Result<()> {
+        let framed = protocol::frame(&Reply::from(result)).or_else(|_| {
+            let message = format!("the answer is longer than {} bytes", protocol::MAX_FRAME);
+            protocol::frame(&Reply::from(Err(ControlError::failed(message))))
+        });
+        self.timed(to).write_all(&framed?)
+    }
+
     fn is_over(&self) -> bool {
         let mut over = [PollFd::new(&self.over, PollFlags::IN)];
         poll(&mut over, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
     }
 }
 
-/// One of [`MAX_CONNECTIONS`], given back when this is dropped.
+/// One of [`Limits::connections`], given back when this is dropped.
 struct Seat(Arc<Shared>);
 
 impl Seat {
     fn take(shared: &Arc<Shared>) -> Option<Self> {
         let mut open = shared.connections();
-        (*open < MAX_CONNECTIONS).then(|| {
+        (*open < shared.limits.connections).then(|| {
             *open += 1;
             Self(shared.clone())
         })
@@ -192,8 +230,9 @@ fn welcome<O: Owner>(stream: UnixStream, owner: &Arc<O>, shared: &Arc<Shared>) -
         return Err(io::ErrorKind::PermissionDenied.into());
     }
     let Some(seat) = Seat::take(shared) else {
-        let message = format!("{MAX_CONNECTIONS} connections are being served: try again later");
-        return reply(&stream, Err(error(ErrorKind::Busy, message)));
+        let served = shared.limits.connections;
+        let message = format!("{served} connections are being served: try again later");
+        return shared.reply(&stream, Err(error(ErrorKind::Busy, message)));
     };
     let owner = owner.clone();
     thread::Builder::new()
@@ -220,20 +259,20 @@ enum Asked {
 fn serve(stream: UnixStream, owner: &impl Owner, shared: &Shared) -> io::Result<()> {
     loop {
         let wanted = PollFd::new(&stream, PollFlags::IN);
-        if !wait_for(wanted, &shared.over, Some(IDLE))? {
+        if !wait_for(wanted, &shared.over, shared.limits.idle)? {
             return Ok(());
         }
-        let result = match read_request(&stream)? {
+        let result = match read_request(&stream, shared)? {
             Asked::End => return Ok(()),
-            Asked::Http => return metrics::answer(Timed::new(&stream), owner),
+            Asked::Http => return metrics::answer(shared.timed(&stream), owner),
             Asked::Wrong(error, goes_on) => {
-                reply(&stream, Err(error))?;
+                shared.reply(&stream, Err(error))?;
                 if !goes_on {
                     return Ok(());
                 }
                 continue;
             }
-            Asked::Request(Op::Connect { port }) => return connect(stream, port, owner),
+            Asked::Request(Op::Connect { port }) => return connect(stream, port, owner, shared),
             Asked::Request(Op::Wait) => await_end(&stream, owner, shared)?,
             Asked::Request(Op::Stop { timeout }) => {
                 match owner.stop(Duration::from_secs(timeout.into())) {
@@ -244,7 +283,7 @@ fn serve(stream: UnixStream, owner: &impl Owner, shared: &Shared) -> io::Result<
             Asked::Request(op) => Some(perform(owner, op)),
         };
         let Some(result) = result else { return Ok(()) };
-        reply(&stream, result)?;
+        shared.reply(&stream, result)?;
     }
 }
 
@@ -254,7 +293,10 @@ fn perform(owner: &impl Owner, op: Op) -> Result<Answer, ControlError> {
     match op {
         Op::Inspect => Ok(Answer::Inspection(Box::new(owner.inspect()))),
         Op::Stats => owner.stats().map(|stats| Answer::Stats(Box::new(stats))),
-        Op::Kill { signal } => owner.kill(signal).map(done),
+        Op::Kill {
+            signal: signal @ 1..=LAST_SIGNAL,
+        } => owner.kill(signal).map(done),
+        Op::Kill { signal } => Err(ControlError::failed(format!("{signal} is no signal"))),
         Op::Pause => owner.pause().map(done),
         Op::Resume => owner.resume().map(done),
         Op::Rename { to } => owner.rename(&to).map(done),
@@ -304,23 +346,23 @@ fn await_end(
 }
 
 /// Turns the connection over to the guest.
-fn connect(stream: UnixStream, port: u32, owner: &impl Owner) -> io::Result<()> {
+fn connect(stream: UnixStream, port: u32, owner: &impl Owner, shared: &Shared) -> io::Result<()> {
     let agent = agent_protocol::VERSION;
-    reply(&stream, Ok(Answer::Connected { agent }))?;
+    shared.reply(&stream, Ok(Answer::Connected { agent }))?;
     stream.set_read_timeout(None)?;
     stream.set_write_timeout(None)?;
     owner.connect(port, stream.into())
 }
 
-fn read_request(stream: &UnixStream) -> io::Result<Asked> {
-    let mut from = Timed::new(stream);
+fn read_request(stream: &UnixStream, shared: &Shared) -> io::Result<Asked> {
+    let mut from = shared.timed(stream);
     let mut prefix = [0u8; 4];
     let malformed = |message: String| Asked::Wrong(error(ErrorKind::Malformed, message), false);
     match from.read(&mut prefix[..1])? {
         0 => return Ok(Asked::End),
         _ => match from.read_exact(&mut prefix[1..]) {
             Ok(()) => {}
-            Err(error) => return Ok(malformed(half(&error))),
+            Err(error) => return Ok(malformed(half(&error, shared))),
         },
     }
     if prefix == *b"GET " {
@@ -328,7 +370,7 @@ fn read_request(stream: &UnixStream) -> io::Result<Asked> {
     }
     let body = match protocol::read_body(prefix, &mut from) {
         Ok(body) => body,
-        Err(error) => return Ok(malformed(half(&error))),
+        Err(error) => return Ok(malformed(half(&error, shared))),
     };
     Ok(match parse(&body) {
         Ok(op) => Asked::Request(op),
@@ -340,11 +382,11 @@ fn read_request(stream: &UnixStream) -> io::Result<Asked> {
 }
 
 /// Why no whole message arrived.
-fn half(error: &io::Error) -> String {
+fn half(error: &io::Error, shared: &Shared) -> String {
     match error.kind() {
         io::ErrorKind::UnexpectedEof => "half a message".to_owned(),
         io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-            format!("half a message in {} s", MESSAGE.as_secs())
+            format!("half a message in {} s", shared.limits.message.as_secs())
         }
         _ => error.to_string(),
     }
@@ -380,18 +422,13 @@ fn error(kind: ErrorKind, message: impl Into<String>) -> ControlError {
     }
 }
 
-fn reply(stream: &UnixStream, result: Result<Answer, ControlError>) -> io::Result<()> {
-    protocol::send(Timed::new(stream), &Reply::from(result))
-}
-
 /// Waits until `wanted` is ready; false where the server ends or `patience` does first.
-fn wait_for(wanted: PollFd<'_>, over: &OwnedFd, patience: Option<Duration>) -> io::Result<bool> {
-    let deadline = patience.map(|patience| Instant::now() + patience);
+fn wait_for(wanted: PollFd<'_>, over: &OwnedFd, patience: Duration) -> io::Result<bool> {
+    let deadline = Instant::now() + patience;
     let mut fds = [PollFd::new(over, PollFlags::IN), wanted];
     loop {
-        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        let left = left.and_then(|left| Timespec::try_from(left).ok());
-        match poll(&mut fds, left.as_ref()) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match poll(&mut fds, Timespec::try_from(left).ok().as_ref()) {
             Ok(0) => return Ok(false),
             // Ready both: what was asked before the end is answered.
             Ok(_) => return Ok(!fds[1].revents().is_empty()),
@@ -407,14 +444,7 @@ pub(super) struct Timed<'a> {
     deadline: Instant,
 }
 
-impl<'a> Timed<'a> {
-    fn new(stream: &'a UnixStream) -> Self {
-        Self {
-            stream,
-            deadline: Instant::now() + MESSAGE,
-        }
-    }
-
+impl Timed<'_> {
     fn left(&self) -> io::Result<Duration> {
         match self.deadline.saturating_duration_since(Instant::now()) {
             Duration::ZERO => Err(io::ErrorKind::TimedOut.into()),

@@ -4,20 +4,13 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::thread;
-use std::time::Duration;
 
-use rustix::fs::{FlockOperation, Mode, OFlags, flock};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::cursor::{Cursor, Found};
 use super::{FILES, HEADER, Header, Set, Stream};
-
-/// How often a lock is tried that somebody holds for a moment, to see whether it is held.
-const LOCK_TRIES: u32 = 20;
-
-/// How long between two tries.
-const LOCK_PAUSE: Duration = Duration::from_millis(5);
+use crate::lock;
 
 /// Where records are written.
 ///
@@ -115,19 +108,13 @@ impl Sink {
     }
 
     fn open_growing(&self) -> io::Result<Growing> {
-        let flags = OFlags::RDWR
-            | OFlags::CREATE
-            | OFlags::APPEND
-            | OFlags::CLOEXEC
-            | OFlags::NOFOLLOW
-            | OFlags::NONBLOCK;
-        let mode = Mode::RUSR | Mode::WUSR;
-        let file = File::from(rustix::fs::openat(
-            &self.dir,
-            self.set.file(0),
-            flags,
-            mode,
-        )?);
+        let flags =
+            OFlags::RDWR | OFlags::APPEND | OFlags::CLOEXEC | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        let file = match rustix::fs::openat(&self.dir, self.set.file(0), flags, Mode::empty()) {
+            Ok(file) => File::from(file),
+            Err(Errno::NOENT) => return self.make_growing(&[]),
+            Err(error) => return Err(error.into()),
+        };
         if !file.metadata()?.is_file() {
             return Err(io::Error::other("the log is not a regular file"));
         }
@@ -142,34 +129,48 @@ impl Sink {
         Ok(Growing { file, len })
     }
 
-    /// Puts the growing file aside, and the oldest one away.
-    fn rotate(&mut self) -> io::Result<()> {
-        for age in (0..FILES - 1).rev() {
-            let (from, to) = (self.set.file(age), self.set.file(age + 1));
+    /// Makes an empty file the growing one, after the files of these ages have been put aside.
+    fn make_growing(&self, aside: &[usize]) -> io::Result<Growing> {
+        let (partial, name) = (format!(".{}.new", self.set.name), self.set.file(0));
+        match rustix::fs::unlinkat(&self.dir, &partial, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let flags = OFlags::RDWR | OFlags::APPEND | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let file = File::from(rustix::fs::openat(&self.dir, &partial, flags, mode)?);
+        // Before anybody sees it: one that is not locked has no writer.
+        lock(&file)?;
+        for age in aside {
+            let (from, to) = (self.set.file(*age), self.set.file(age + 1));
             match rustix::fs::renameat(&self.dir, from, &self.dir, to) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 Err(error) => return Err(error.into()),
             }
         }
-        // Closed, and so unlocked, only when the next one is there.
-        let _before = self.file.take();
-        self.open()
+        rustix::fs::renameat(&self.dir, partial, &self.dir, name)?;
+        Ok(Growing { file, len: 0 })
+    }
+
+    /// Puts the growing file aside, and the oldest one away.
+    fn rotate(&mut self) -> io::Result<()> {
+        let aside: Vec<_> = (0..FILES - 1).rev().collect();
+        let growing = self.make_growing(&aside)?;
+        // Those who follow see the next one before this one is closed, and so unlocked.
+        self.file = Some(growing);
+        Ok(())
     }
 }
 
-/// Locks `file` for as long as it is open. Without the lock, those who follow would merely stop early.
+/// Locks `file` for as long as it is open.
 fn lock(file: &File) -> io::Result<()> {
-    for _ in 0..LOCK_TRIES {
-        match flock(file, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => return Ok(()),
-            Err(Errno::WOULDBLOCK | Errno::INTR) => thread::sleep(LOCK_PAUSE),
-            Err(error) => return Err(error.into()),
-        }
+    match lock::attempt(file)? {
+        true => Ok(()),
+        false => Err(io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            "another process writes to the log",
+        )),
     }
-    Err(io::Error::new(
-        io::ErrorKind::ResourceBusy,
-        "another process writes to the log",
-    ))
 }
 
 /// The records of `records` that fit into `room` bytes, and the rest.

@@ -26,7 +26,6 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::thread;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -54,12 +53,6 @@ const TRASH: &str = ".gone-";
 
 /// How long a directory in [`STAGING`] can be somebody's who is about to finish it.
 const STAGING_LIFE: Duration = Duration::from_secs(3600);
-
-/// How often a lock is tried that somebody holds for a moment, to see whether it is held.
-const LOCK_TRIES: u32 = 20;
-
-/// How long between two tries.
-const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// The directories in which this user's machines are.
 #[derive(Debug, Clone)]
@@ -295,15 +288,7 @@ impl Store {
 
     /// None where another process owns a machine of this name.
     fn lock(&self, name: &Name) -> Result<Option<Lock>> {
-        let path = self.lock_file(name);
-        for _ in 0..LOCK_TRIES {
-            if let Some(lock) = Lock::attempt(&path)? {
-                return Ok(Some(lock));
-            }
-            // To see whether a lock is held is to hold it for a moment.
-            thread::sleep(LOCK_PAUSE);
-        }
-        Ok(None)
+        Lock::attempt(&self.lock_file(name))
     }
 
     /// Connects to the control socket of a machine's owner.
@@ -344,7 +329,11 @@ impl Store {
         let trash = self.partial(TRASH, name);
         // In one step, so that nobody sees half a machine.
         fs::rename(&dir, &trash).with_context(|| format!("cannot remove {}", dir.display()))?;
-        fs::remove_dir_all(&trash).with_context(|| format!("cannot remove {}", trash.display()))
+        match fs::remove_dir_all(&trash) {
+            // Another process sweeps.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            done => done.with_context(|| format!("cannot remove {}", trash.display())),
+        }
     }
 
     /// A path for what is not, or not any more, the machine `name`. To be called with its lock held, so that what
