@@ -6,6 +6,7 @@ mod coherence;
 mod data;
 mod mount;
 mod names;
+mod owner;
 mod replay;
 
 use std::path::PathBuf;

@@ -64,6 +64,11 @@ impl Mounted {
         Self::of_new(options, None)
     }
 
+    /// A new directory, shared by `ids`, who owns it and has no privileges.
+    pub fn rootless(options: Options, ids: (u32, u32)) -> Option<Self> {
+        Self::of_new(options, Some(ids))
+    }
+
     fn of_new(options: Options, ids: Option<(u32, u32)>) -> Option<Self> {
         let source = tempfile::tempdir().unwrap();
         if let Some((uid, gid)) = ids {
