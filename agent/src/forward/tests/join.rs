@@ -2,10 +2,13 @@
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use agent::protocol::{self, Open, Target};
+use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 use super::{PATIENCE, assert_reset, connect, connect_to, end_of, joined, start_in};
@@ -123,43 +126,27 @@ fn a_service_that_ends_first_still_gets_all_that_the_host_sends() {
 }
 
 /// Writes until nothing more is taken, and tells how much was.
-fn fill(stream: impl Write + AsNonBlocking) -> usize {
-    let mut stream = stream;
-    stream.set_nonblocking();
+fn fill(stream: impl AsFd) -> usize {
+    rustix::io::ioctl_fionbio(&stream, true).unwrap();
     let bytes = vec![1; 1 << 20];
     let mut taken = 0;
     let mut refusals = 0;
     // What is on its way makes room once more, so one refusal is not the last word.
     while refusals < 50 {
-        match stream.write(&bytes) {
+        match rustix::io::write(&stream, &bytes) {
             Ok(length) => {
                 taken += length;
                 refusals = 0;
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            Err(Errno::AGAIN) => {
                 refusals += 1;
-                thread::sleep(std::time::Duration::from_millis(10));
+                thread::sleep(Duration::from_millis(10));
             }
             Err(error) => panic!("{error}"),
         }
     }
+    rustix::io::ioctl_fionbio(&stream, false).unwrap();
     taken
-}
-
-trait AsNonBlocking {
-    fn set_nonblocking(&self);
-}
-
-impl AsNonBlocking for &UnixStream {
-    fn set_nonblocking(&self) {
-        UnixStream::set_nonblocking(self, true).unwrap();
-    }
-}
-
-impl AsNonBlocking for &TcpStream {
-    fn set_nonblocking(&self) {
-        TcpStream::set_nonblocking(self, true).unwrap();
-    }
 }
 
 #[test]
@@ -175,30 +162,12 @@ fn a_reader_that_stops_stops_its_writer_and_nobody_else() {
     drop(guest);
     assert!(at_host.join().unwrap() == sent);
     // What was held back is all there.
-    for (reader, taken) in [(&stalled_host as &dyn ReadOnly, down), (&stalled_guest, up)] {
+    for (reader, taken) in [(stalled_host.as_fd(), down), (stalled_guest.as_fd(), up)] {
         let mut left = taken;
         let mut buffer = vec![0; 1 << 16];
         while left > 0 {
-            left -= reader.read_blocking(&mut buffer);
+            left -= rustix::io::read(reader, &mut buffer).unwrap();
         }
-    }
-}
-
-trait ReadOnly {
-    fn read_blocking(&self, buffer: &mut [u8]) -> usize;
-}
-
-impl ReadOnly for UnixStream {
-    fn read_blocking(&self, buffer: &mut [u8]) -> usize {
-        self.set_nonblocking(false).unwrap();
-        (&mut &*self).read(buffer).unwrap()
-    }
-}
-
-impl ReadOnly for TcpStream {
-    fn read_blocking(&self, buffer: &mut [u8]) -> usize {
-        self.set_nonblocking(false).unwrap();
-        (&mut &*self).read(buffer).unwrap()
     }
 }
 
@@ -256,7 +225,7 @@ fn a_first_message_that_comes_in_pieces_is_understood() {
     protocol::send(&mut message, &Open::Dial(Target::Loopback(port))).unwrap();
     for byte in message {
         host.write_all(&[byte]).unwrap();
-        thread::sleep(std::time::Duration::from_millis(2));
+        thread::sleep(Duration::from_millis(2));
     }
     host.write_all(b"and on").unwrap();
     let mut guest = service.accept().unwrap().0;
