@@ -17,6 +17,7 @@ pub mod kernel;
 pub mod machine;
 pub mod net;
 pub mod process;
+pub mod ssh;
 pub mod terminal;
 pub mod tmux;
 

@@ -6,7 +6,6 @@
 //! `docs/benchmarks.md` too. Nothing is asserted: figures depend on the machine, ratios less so.
 
 use std::env;
-use std::fs;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -19,7 +18,7 @@ use std::time::{Duration, Instant};
 use tests::host::{self, eventually, tool_command};
 use tests::image::{self, Filesystem};
 use tests::net::{connect, free_port};
-use tests::{Guest, Machine, Machines, Running};
+use tests::{Guest, Machine, Machines, Running, ssh};
 
 #[path = "bench-forward/table.rs"]
 mod table;
@@ -223,19 +222,8 @@ fn start_services(machine: &Machine<'_>) -> Vec<Running> {
 
 /// sshd in the guest and `ssh -L` to it, over a connection that mvm makes.
 fn start_ssh(machine: &Machine<'_>, dir: &Path, ports: &[u16]) -> Vec<Running> {
-    let key = dir.join("key");
-    let mut keygen = tool_command("ssh-keygen", "openssh-client");
-    keygen
-        .args(["-q", "-t", "ed25519", "-N", "", "-f"])
-        .arg(&key);
-    host::must_succeed(keygen);
-    let public = fs::read(key.with_extension("pub")).expect("a key has a public half");
-    machine.plant("/tmp/authorized_keys", public);
-    let script = "mkdir -p /run/sshd && ssh-keygen -A && exec /usr/sbin/sshd -D -e \
-                  -o ListenAddress=127.0.0.1 -o AuthorizedKeysFile=/tmp/authorized_keys \
-                  -o StrictModes=no -o PermitRootLogin=yes -o UsePAM=no -o MaxSessions=100";
-    let server = machine.start(&["sh", "-c", script]);
-    server.expect_stderr("Server listening");
+    let key = ssh::make_key(dir, "bench");
+    let server = ssh::start_sshd(machine, &key);
     let mut client = tool_command("ssh", "openssh-client");
     let connect = machine.command("connect", &["22"]);
     let words = std::iter::once(connect.get_program()).chain(connect.get_args());

@@ -179,6 +179,29 @@ fn ports_that_cannot_be_had_are_told_with_who_has_them() {
 }
 
 #[test]
+fn a_host_that_is_not_found_is_told_and_disturbs_nobody() {
+    let machines = Machines::new();
+    let nobody = free_port();
+    let guest = Guest::new()
+        .option("-R", "6000:no-such-host.invalid:80")
+        .option("-R", format!("6001:127.0.0.1:{nobody}"));
+    let machine = machines.idle(guest);
+    for port in [6000, 6001] {
+        machine
+            .exec(&format!("echo hello | nc 127.0.0.1 {port}"))
+            .expect_stdout("");
+    }
+    let told = host::eventually("both failures are told", || {
+        let told = machine.mvm("logs", &[]).errors();
+        (told.contains("no-such-host.invalid:80") && told.contains(&format!(":{nobody}")))
+            .then_some(told)
+    });
+    assert!(told.contains("no such name"), "{told}");
+    assert!(told.contains("refused"), "{told}");
+    machine.exec("echo alive").expect_stdout("alive\n");
+}
+
+#[test]
 fn a_privileged_port_is_told_with_how_to_get_it() {
     const TEST: &str = "a_privileged_port_is_told_with_how_to_get_it";
     let output = if host::is_root() {

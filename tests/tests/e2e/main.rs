@@ -20,6 +20,7 @@ mod run;
 mod screen;
 mod signals;
 mod sizes;
+mod ssh;
 mod streams;
 mod stress;
 mod terminal;

@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 use std::time::Duration;
 
-use tests::host::{self, LIMIT, eventually};
+use tests::host::{LIMIT, eventually};
 use tests::image::{self, Filesystem};
 use tests::net::{
     connect, connect_eventually, curl, exchange, free_port, is_refused, write_pattern,
@@ -309,55 +309,24 @@ fn the_guest_reaches_what_was_listed_and_nothing_else() {
 }
 
 #[test]
-fn the_callers_ssh_agent_is_the_guests() {
-    const TEST: &str = "the_callers_ssh_agent_is_the_guests";
-    let Some(debian) = image::debian(Filesystem::Ext4, TEST) else {
-        return;
-    };
-    let dir = tempfile::tempdir().unwrap();
-    let agent_socket = dir.path().join("agent.sock");
-    let mut agent = host::tool_command("ssh-agent", "openssh-client");
-    agent.args(["-D", "-a"]).arg(&agent_socket);
-    let _agent = Running::start(agent, Vec::new());
-    let key = dir.path().join("key");
-    let mut keygen = host::tool_command("ssh-keygen", "openssh-client");
-    keygen
-        .args(["-q", "-t", "ed25519", "-N", "", "-C", "e2e-key", "-f"])
-        .arg(&key);
-    host::must_succeed(keygen);
-    let add = |socket: &std::path::Path, option: &str| {
-        let mut add = host::tool_command("ssh-add", "openssh-client");
-        add.args(["-q", option])
-            .arg(&key)
-            .env("SSH_AUTH_SOCK", socket);
-        eventually("the agent is up", || socket.exists().then_some(()));
-        host::must_succeed(add);
-    };
-    let machines = Machines::new();
-    let guest = machines
-        .guest(Guest::new().rootfs_read_only(&debian).flag("--ssh-agent"))
-        .environment("SSH_AUTH_SOCK", agent_socket.to_str().unwrap());
-    let name = machines.fresh_name("agent");
-    guest
-        .option("--name", &name)
-        .exec(&["sh", "-c", "echo $SSH_AUTH_SOCK; exec sleep 1000000"])
-        .expect_code(0);
-    let machine = machines.named(&name);
-    let keys = || machine.exec("ssh-add -l");
-    keys().expect_code(1).expect_in_stdout("no identities");
-    add(&agent_socket, "-t1000");
-    keys().expect_code(0).expect_in_stdout("e2e-key");
-
-    // The agent is looked for at each use: another one at the same path is used like the first.
-    drop(_agent);
-    // It leaves its socket behind, and another one does not take over a path that is there.
-    let _ = fs::remove_file(&agent_socket);
-    keys().expect_code(1).expect_in_stderr("agent failed");
-    let mut agent = host::tool_command("ssh-agent", "openssh-client");
-    agent.args(["-D", "-a"]).arg(&agent_socket);
-    let _agent = Running::start(agent, Vec::new());
-    add(&agent_socket, "-t1000");
-    keys().expect_code(0).expect_in_stdout("e2e-key");
+fn a_machine_in_the_foreground_tells_of_ports_as_they_come_and_go() {
+    let guest = Guest::new().flag("--publish-auto").input(Input::Open);
+    let script = "read line; nc -l -p 7000 -e cat; read line";
+    let mut machine = guest.flag("-i").start(&["sh", "-c", script]);
+    machine.write(b"go\n");
+    machine.expect_stderr("→ guest port 7000\n");
+    let told = machine.errors_so_far();
+    let url = told
+        .lines()
+        .find_map(|line| line.strip_suffix(" → guest port 7000"));
+    let port = url.and_then(|line| line.rsplit(':').next()?.parse().ok());
+    let port = port.unwrap_or_else(|| panic!("no URL: {told}"));
+    assert!(told.contains(&format!("http://127.0.0.1:{port}")), "{told}");
+    let stream = connect_eventually(port);
+    assert_eq!(exchange(stream, b"hello").unwrap(), b"hello");
+    machine.expect_stderr("is gone: nothing listens at guest port 7000\n");
+    machine.write(b"end\n");
+    machine.wait().expect_code(0).expect_nothing_left();
 }
 
 #[test]

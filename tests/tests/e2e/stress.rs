@@ -317,6 +317,32 @@ fn a_service_that_is_restarted_and_a_port_that_is_removed_under_load() {
 }
 
 #[test]
+fn a_machine_that_is_killed_under_load_leaves_nobody_waiting() {
+    let machines = Machines::new();
+    let (machine, port) = machine(&machines);
+    let _echo = machine.peer("echo", "127.0.0.1:7000");
+    let mut open = connect_eventually(port);
+    open.write_all(b"!").unwrap();
+    open.read_exact(&mut [0]).unwrap();
+    Hammer::run(port, |hammer| {
+        hammer.expect_service();
+        machine.mvm("kill", &[]).expect_code(0);
+        eventually("its port is nobody's", || is_refused(port).then_some(()));
+    });
+    assert!(
+        matches!(open.read(&mut [0]), Ok(0) | Err(_)),
+        "a connection to a machine that has ended"
+    );
+    machine.mvm("wait", &[]).expect_stdout("137\n");
+    // It is as new when it is started again.
+    machine.mvm("start", &[]).expect_code(0);
+    machine.plant_peer();
+    let _echo = machine.peer("echo", "127.0.0.1:7000");
+    let stream = connect_eventually(port);
+    assert_eq!(exchange(stream, b"again").unwrap(), b"again");
+}
+
+#[test]
 fn idle_connections_take_no_processor_time() {
     let machines = Machines::new();
     let (machine, port) = machine(&machines);
