@@ -146,7 +146,10 @@ fn a_terminal_of_a_command_is_a_terminal() {
     terminal.resize(50, 120);
     terminal.type_keys("until [ \"$(stty size)\" = '50 120' ]; do sleep 1; done; echo resi''zed\n");
     terminal.expect("resized");
-    terminal.type_keys("sleep 1000\n\x03");
+    // The command says itself that it runs: its keys must not come before it has the terminal.
+    terminal.type_keys("sh -c \"echo sta''rts; exec sleep 1000\"\n");
+    terminal.expect("starts");
+    terminal.type_keys("\x03");
     terminal.type_keys("echo code-$?\n");
     terminal.expect("code-130");
     // A closed terminal ends its command, and nothing else.
