@@ -148,8 +148,6 @@ impl Mux {
         mut notify: impl FnMut(VsockQueue),
     ) -> Result<(), virtio_queue::Error> {
         Counters::add(&self.counters.turns, 1);
-        // Before the guest's packets: a service that was registered first is found by them.
-        self.take_commands();
         for _ in 0..ROUNDS {
             let tx_end = self.drain_guest(memory, tx, &mut notify)?;
             let rx_end = self.feed_guest(memory, rx, &mut notify)?;
@@ -210,6 +208,7 @@ impl Mux {
         self.take_commands();
     }
 
+    /// Does what the handles asked for so far.
     fn take_commands(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
             self.command(command);

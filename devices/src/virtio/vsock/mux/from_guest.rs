@@ -161,7 +161,10 @@ impl Mux {
     }
 
     fn accept(&mut self, key: Key, header: &Header) {
-        let stream = if self.table.len() < self.max_connections {
+        // A service that was registered before the guest asked is found, whatever woke this thread.
+        self.take_commands();
+        let free = self.table.find(key).is_none() && self.table.len() < self.max_connections;
+        let stream = if free {
             self.host_stream(key.host_port)
         } else {
             None
