@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use syn::spanned::Spanned;
 use syn::visit::{self, Visit};
 
-/// Names of directories that hold nothing of the repository's own.
+/// Names of what holds nothing of the repository's own; `.git` is a file in a linked worktree.
 const PASSED_OVER: [&str; 4] = [".git", "artifacts", "corpus", "target"];
 
 /// The repository's root.
@@ -43,7 +43,10 @@ fn collect(dir: &Path, paths: &mut Vec<PathBuf>) {
         let entry = entry.expect("a readable directory");
         let kind = entry.file_type().expect("a file type");
         let name = entry.file_name();
-        if kind.is_dir() && !PASSED_OVER.iter().any(|passed| name == *passed) {
+        if PASSED_OVER.iter().any(|passed| name == *passed) {
+            continue;
+        }
+        if kind.is_dir() {
             collect(&entry.path(), paths);
         } else if kind.is_file() {
             paths.push(entry.path());
