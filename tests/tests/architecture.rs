@@ -113,6 +113,10 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "vmm/src/footprint.rs",
         "madvise of the pages of this program's own file",
     ),
+    (
+        "vmm/src/arch/x86_64/tsc.rs",
+        "an instruction without a safe form",
+    ),
     ("vmm/src/memory.rs", "mmap and madvise of guest memory"),
     (
         "vmm/src/probe/guest.rs",

@@ -23,6 +23,7 @@ mod vm;
 
 pub use arch::ProcessorError;
 pub use arch::acpi::AcpiError;
+pub use arch::tsc_khz;
 pub use attach::AttachError;
 pub use config::{DiskConfig, Initrd, MachineConfig, NetConfig, TapSource, VsockConfig};
 pub use control::Outcome;

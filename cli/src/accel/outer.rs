@@ -44,7 +44,7 @@ pub struct Outer {
     /// The initramfs.
     pub initramfs: Vec<u8>,
     /// The kernel's command line.
-    pub cmdline: &'static str,
+    pub cmdline: String,
     /// Bytes of memory.
     pub memory: u64,
     /// Virtual CPUs.
@@ -94,11 +94,20 @@ pub fn compose() -> Result<Outer> {
     Ok(Outer {
         kernel: kernel.vmlinux,
         initramfs,
-        cmdline: CMDLINE,
+        cmdline: cmdline(),
         memory: memory & !((2 << 20) - 1),
         cpus: qemu::reliable_cpus(thread::available_parallelism().map_or(1, usize::from)),
         cache,
     })
+}
+
+/// The kernel's command line. The emulated TSC is the host's: a kernel that measures it while the host is busy can be
+/// off by a factor, and so can all clocks of the machines in it.
+fn cmdline() -> String {
+    match vmm::tsc_khz() {
+        Some(khz) => format!("{CMDLINE} tsc_early_khz={khz}"),
+        None => CMDLINE.to_owned(),
+    }
 }
 
 /// The host's memory in bytes.

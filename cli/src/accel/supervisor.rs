@@ -131,7 +131,7 @@ fn start_qemu(files: &Files, outer: &Outer, tail: &Tail, events: Sender<Event>) 
         kernel: &outer.kernel,
         // QEMU is of the same user, so it may open it here.
         initrd: format!("/proc/{}/fd/{}", std::process::id(), initramfs.as_raw_fd()).as_ref(),
-        cmdline: outer.cmdline,
+        cmdline: &outer.cmdline,
         memory: outer.memory,
         cpus: outer.cpus,
         vsock: &files.vhost(),

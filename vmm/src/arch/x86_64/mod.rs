@@ -6,6 +6,7 @@ pub mod interrupts;
 pub mod layout;
 mod msr;
 mod regs;
+mod tsc;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, kvm_cpuid_entry2};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
@@ -13,6 +14,7 @@ use thiserror::Error;
 use vm_memory::GuestMemoryMmap;
 
 pub use regs::Entry;
+pub use tsc::tsc_khz;
 
 /// What this architecture needs of KVM.
 pub const REQUIRED_CAPABILITIES: &[(Cap, &str)] = &[
