@@ -76,6 +76,15 @@ pub fn harmless(text: &str) -> String {
     safe
 }
 
+/// `word` as a shell takes it for one word.
+pub fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_alphanumeric() || "-_=+,./:@%^".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_owned();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
 /// The first `width` characters of `text`, and a sign where there are more.
 pub fn shortened(text: &str, width: usize) -> String {
     if text.chars().count() <= width {
@@ -131,6 +140,15 @@ mod tests {
         assert_eq!(
             table.text(),
             "NAME    STATE\né       running\nlonger  x\\u{1b}[2J\n"
+        );
+    }
+
+    #[test]
+    fn words_are_quoted_where_a_shell_would_see_more_than_one() {
+        let words = ["ls", "--cpus=2", "", "a b", "it's", "$x", "é"].map(quoted);
+        assert_eq!(
+            words,
+            ["ls", "--cpus=2", "''", "'a b'", r"'it'\''s'", "'$x'", "é"]
         );
     }
 

@@ -11,7 +11,7 @@ use crate::FAILED;
 use crate::args::Format;
 use crate::store::{Bytes, Name, Store};
 use crate::survey::Survey;
-use crate::table::{self, harmless, size};
+use crate::table::{self, harmless, quoted, size};
 
 /// A machine as programs get it.
 #[derive(Debug, Serialize)]
@@ -112,6 +112,6 @@ fn shown(report: &Report) -> String {
 }
 
 fn typed(words: &[Bytes]) -> String {
-    let words: Vec<_> = words.iter().map(Bytes::to_string).collect();
+    let words: Vec<_> = words.iter().map(|word| quoted(&word.to_string())).collect();
     format!("mvm run {}", words.join(" "))
 }

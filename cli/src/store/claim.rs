@@ -92,10 +92,12 @@ impl Claim {
         {
             tracing::warn!("the control socket of {to} is still named {before}: {error}");
         }
-        let name = self.store.owner_file(to);
-        let owner = Owner::this_process();
-        if let Err(error) = file::write(&self.store.runtime, &name, &owner, Durability::Memory) {
-            tracing::warn!("{error:#}");
+        let (from, name) = (self.store.owner_file(&before), self.store.owner_file(to));
+        let owner = fs::rename(self.store.runtime.join(from), self.store.runtime.join(name));
+        if let Err(error) = owner
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!("it is not told who owns {to}: {error}");
         }
         self.store.clean_runtime(&before);
         // Last: nobody takes the old name while there is anything of this machine at it.

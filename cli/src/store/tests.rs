@@ -222,7 +222,9 @@ fn a_running_machine_takes_a_new_name_with_all_it_has() {
     );
     assert_eq!(claim.name(), &name("a"));
 
+    let owner = store.owner(&name("a")).unwrap();
     claim.rename(&name("c")).unwrap();
+    assert_eq!(store.owner(&name("c")).unwrap(), owner);
     assert_eq!(store.names().unwrap(), [name("b"), name("c")]);
     assert_eq!(store.standing(&name("c")).unwrap(), Standing::Owned);
     assert!(!store.is_owned(&name("a")) && !store.is_owned(&name("b")));
