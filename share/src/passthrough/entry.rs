@@ -77,6 +77,9 @@ impl Share {
 
     /// The guest knows nothing of `inode` any more.
     pub(super) fn forgotten(&self, inode: &Arc<Inode>) {
+        if inode.kind == FileType::Directory {
+            self.end_listing(Some(inode.id));
+        }
         if let Some(watcher) = &self.watcher
             && inode.is_watched()
         {

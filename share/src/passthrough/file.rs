@@ -89,7 +89,12 @@ impl Share {
         }
     }
 
+    /// Opens a directory to list it. Where the guest keeps what it has listed until told otherwise, it
+    /// need not open it, and is told so for good by `ENOSYS`.
     pub(crate) fn open_dir(&self, id: u64) -> Result<OpenOut, Errno> {
+        if self.has(init::NO_OPENDIR_SUPPORT) {
+            return Err(Errno::NOSYS);
+        }
         self.handles.check_room()?;
         let (inode, dir) = self.dir(id)?;
         self.watch_dir(&inode, &dir);
@@ -208,6 +213,10 @@ impl Share {
     }
 
     pub(crate) fn fsync(&self, id: u64, fh: u64, flags: u32) -> Result<(), Errno> {
+        if fh == 0 {
+            let (inode, dir) = self.dir(id)?;
+            return rustix::fs::fsync(self.open_again(&inode, &dir, OFlags::RDONLY)?);
+        }
         let handle = self.handles.get(fh, id)?;
         match flags & FSYNC_FDATASYNC {
             0 => rustix::fs::fsync(&*handle),

@@ -22,6 +22,10 @@ const ALWAYS: u64 = init::ASYNC_READ
     | init::INIT_EXT
     | init::HAS_EXPIRE_ONLY;
 
+/// Where the guest is told of changes, so that nothing is to be guessed from a file's times, and what
+/// was listed need not be listed again.
+const TOLD: u64 = init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS | init::NO_OPENDIR_SUPPORT;
+
 /// Without these, requests would look differently.
 const NEEDED: u64 = init::MAX_PAGES | init::SETXATTR_EXT | init::INIT_EXT;
 
@@ -77,14 +81,9 @@ impl Share {
             false => 0,
         };
         let cache = match self.options.cache {
-            // What changes is told, so nothing is to be guessed from a file's times.
-            Cache::Auto if self.watcher.is_some() => {
-                init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS
-            }
+            Cache::Auto if self.watcher.is_some() => TOLD,
             Cache::Auto | Cache::Strict => init::AUTO_INVAL_DATA,
-            Cache::Private => {
-                init::WRITEBACK_CACHE | init::EXPLICIT_INVAL_DATA | init::CACHE_SYMLINKS
-            }
+            Cache::Private => TOLD | init::WRITEBACK_CACHE,
         };
         ALWAYS | acl | cache
     }
@@ -92,6 +91,7 @@ impl Share {
     /// The guest's kernel has let go of everything.
     pub(crate) fn forget_all(&self) {
         self.handles.clear();
+        self.end_listing(None);
         for inode in self.inodes.clear() {
             self.forgotten(&inode);
         }

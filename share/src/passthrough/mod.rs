@@ -13,6 +13,7 @@ mod replay;
 mod told;
 mod xattr;
 
+use std::collections::VecDeque;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
@@ -25,7 +26,7 @@ use rustix::io::Errno;
 use rustix::process::Resource;
 use thiserror::Error;
 
-use crate::handle::Handles;
+use crate::handle::{Handle, Handles};
 use crate::host::{Descriptors, Key, Stat};
 use crate::inode::{Held, Inode, Inodes};
 use crate::owner::{Ids, Override, Owner, Owners, SUID_SGID};
@@ -155,6 +156,8 @@ pub struct Share {
     fds: Descriptors,
     inodes: Inodes,
     handles: Handles,
+    /// Directories in the middle of being listed that were never opened, the oldest first.
+    parked: Mutex<VecDeque<Arc<Handle>>>,
     /// Where the guest is told of changes.
     watcher: Option<Watcher>,
     /// What an agent in the guest is doing again of what the host has done.
@@ -189,6 +192,7 @@ impl Share {
             fds,
             inodes: Inodes::new(root, &stat, limits.inodes, limits.descriptors),
             handles: Handles::new(limits.handles),
+            parked: Mutex::default(),
             watcher: open_watcher(options.cache),
             replay: Mutex::default(),
             replayer: AtomicU32::new(0),

@@ -3,8 +3,9 @@
 use std::ffi::CStr;
 use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 
-use rustix::fs::{FileType, RawDir, SeekFrom};
+use rustix::fs::{FileType, OFlags, RawDir, SeekFrom};
 use rustix::io::Errno;
 
 use super::{MAX_TRANSFER, Share, shown_number};
@@ -17,6 +18,8 @@ use crate::wire::{Dirent, EntryOut, ReadIn};
 /// How much is read of the host's directory at a time, bytes: at least one entry fits.
 const MIN_BUFFER: usize = 1024;
 const MAX_BUFFER: usize = 64 << 10;
+/// How many listings may be under way of directories that were not opened.
+const MAX_PARKED: usize = 32;
 
 /// An entry of the host's directory.
 struct Found<'a> {
@@ -37,7 +40,72 @@ impl Share {
         plus: bool,
         reply: &mut Reply,
     ) -> Result<(), Errno> {
-        let handle = self.handles.get(asked.fh, id)?;
+        if asked.fh != 0 {
+            let handle = self.handles.get(asked.fh, id)?;
+            return self.read_entries(&handle, asked, plus, reply);
+        }
+        let handle = self.unpark(id)?;
+        self.read_entries(&handle, asked, plus, reply)?;
+        if !reply.is_empty() {
+            self.park(handle);
+        }
+        Ok(())
+    }
+
+    /// A directory that the guest lists without having opened it: the one where it left off, if it is
+    /// still there.
+    fn unpark(&self, id: u64) -> Result<Arc<Handle>, Errno> {
+        let mut parked = lock(&self.parked);
+        let at = parked.iter().position(|handle| handle.inode.id == id);
+        if let Some(handle) = at.and_then(|at| parked.remove(at)) {
+            return Ok(handle);
+        }
+        drop(parked);
+        let (inode, dir) = self.dir(id)?;
+        if !self.watch_dir(&inode, &dir)
+            && let Some(watcher) = &self.watcher
+        {
+            watcher.add_unwatched(id);
+        }
+        let file = self.open_again(&inode, &dir, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        Ok(Arc::new(Handle::new(inode, file)))
+    }
+
+    fn park(&self, handle: Arc<Handle>) {
+        let mut parked = lock(&self.parked);
+        let oldest = match parked.len() < MAX_PARKED {
+            true => None,
+            false => parked.pop_front(),
+        };
+        parked.push_back(handle);
+        drop(parked);
+        drop(oldest);
+    }
+
+    /// No listing of a directory goes on, or of any.
+    pub(super) fn end_listing(&self, id: Option<u64>) {
+        let mut parked = lock(&self.parked);
+        let gone: Vec<_> = std::mem::take(&mut *parked)
+            .into_iter()
+            .filter_map(|handle| match id {
+                Some(id) if handle.inode.id != id => {
+                    parked.push_back(handle);
+                    None
+                }
+                _ => Some(handle),
+            })
+            .collect();
+        drop(parked);
+        drop(gone);
+    }
+
+    fn read_entries(
+        &self,
+        handle: &Handle,
+        asked: &ReadIn,
+        plus: bool,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
         if handle.inode.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
@@ -49,11 +117,11 @@ impl Share {
         let size = share.clamp(MIN_BUFFER, MAX_BUFFER).next_multiple_of(8);
         let mut position = lock(&handle.position);
         if *position != asked.offset {
-            rustix::fs::seek(&*handle, SeekFrom::Start(asked.offset))?;
+            rustix::fs::seek(handle, SeekFrom::Start(asked.offset))?;
             *position = asked.offset;
         }
         let mut buffer = vec![MaybeUninit::uninit(); size];
-        let mut entries = RawDir::new(&*handle, &mut buffer);
+        let mut entries = RawDir::new(handle, &mut buffer);
         while let Some(entry) = entries.next() {
             let entry = entry?;
             let found = Found {
@@ -62,9 +130,9 @@ impl Share {
                 kind: entry.file_type(),
                 next: entry.next_entry_cookie(),
             };
-            if !self.list(&handle, &found, plus, limit, reply)? {
+            if !self.list(handle, &found, plus, limit, reply)? {
                 // The kernel's position is behind what it gave; the next read is to begin with this.
-                rustix::fs::seek(&*handle, SeekFrom::Start(*position))?;
+                rustix::fs::seek(handle, SeekFrom::Start(*position))?;
                 return Ok(());
             }
             *position = found.next;

@@ -3,7 +3,9 @@
 use std::ffi::{CStr, CString, OsString};
 use std::io::{self, IoSlice};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use std::sync::atomic::Ordering;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use zerocopy::{Immutable, IntoBytes};
 
@@ -11,7 +13,7 @@ use super::Watcher;
 use super::event::{Change, HostEvent, Kind};
 use super::fanotify::{Entry, Raised};
 use crate::channel::Channel;
-use crate::inode::Inode;
+use crate::inode::{Inode, lock};
 use crate::message::notification;
 use crate::passthrough::Share;
 use crate::wire::{NotifyCode, NotifyInvalEntryOut, NotifyInvalInodeOut, init};
@@ -42,15 +44,8 @@ pub fn watch(
     let notifier = Notifier { share, channel };
     let mut buffer = vec![0; BUFFER];
     loop {
-        let mut ready = [
-            PollFd::new(&watcher.group, PollFlags::IN),
-            PollFd::new(&watcher.stop, PollFlags::IN),
-        ];
-        match poll(&mut ready, None) {
-            Err(Errno::INTR) => continue,
-            outcome => outcome?,
-        };
-        if ready[1].revents().contains(PollFlags::IN) {
+        notifier.wait(watcher)?;
+        if watcher.stopping.load(Ordering::Relaxed) {
             return Ok(());
         }
         let raised = watcher.group.read(&mut buffer)?;
@@ -81,6 +76,40 @@ struct Known<'a> {
 }
 
 impl Notifier<'_> {
+    /// Waits until there is something to do, and has what cannot be watched listed anew.
+    fn wait(&self, watcher: &Watcher) -> io::Result<()> {
+        let mut woken = [0; 8];
+        loop {
+            let briefly = Timespec {
+                tv_sec: 1,
+                tv_nsec: 0,
+            };
+            let any_unwatched = !lock(&watcher.unwatched).is_empty();
+            let mut ready = [
+                PollFd::new(&watcher.group, PollFlags::IN),
+                PollFd::new(&watcher.wake, PollFlags::IN),
+            ];
+            match poll(&mut ready, any_unwatched.then_some(&briefly)) {
+                Err(Errno::INTR) => {}
+                Ok(0) => {
+                    let listed = std::mem::take(&mut *lock(&watcher.unwatched));
+                    watcher.all_told();
+                    for dir in listed {
+                        self.forget_attributes_and_data(dir)?;
+                    }
+                }
+                outcome => {
+                    outcome?;
+                    if ready[1].revents().contains(PollFlags::IN) {
+                        // Nothing is lost where it was read already.
+                        let _ = rustix::io::read(&watcher.wake, &mut woken);
+                    }
+                    return Ok(());
+                }
+            }
+        }
+    }
+
     fn apply(
         &self,
         watcher: &Watcher,

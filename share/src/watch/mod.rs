@@ -9,10 +9,10 @@ mod event;
 mod fanotify;
 mod replay;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::OwnedFd;
@@ -48,7 +48,11 @@ pub(crate) struct Watcher {
     /// Whoever is to tell a guest what to believe for good holds this from before it looks at the
     /// host until it has told; whoever is to tell it otherwise waits until all those have.
     telling: RwLock<()>,
-    stop: OwnedFd,
+    /// Directories that were listed and cannot be watched.
+    unwatched: Mutex<HashSet<u64>>,
+    stopping: AtomicBool,
+    /// Written to where either of these is not as it was.
+    wake: OwnedFd,
 }
 
 impl Watcher {
@@ -58,7 +62,9 @@ impl Watcher {
             dirs: RwLock::default(),
             said: AtomicBool::new(false),
             telling: RwLock::new(()),
-            stop: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+            unwatched: Mutex::default(),
+            stopping: AtomicBool::new(false),
+            wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
     }
 
@@ -129,9 +135,22 @@ impl Watcher {
         dirs.get(id).copied()
     }
 
+    /// The guest has listed a directory that cannot be watched: it is told in a moment to list it anew.
+    pub fn add_unwatched(&self, dir: u64) {
+        let mut unwatched = lock(&self.unwatched);
+        if unwatched.insert(dir) && unwatched.len() == 1 {
+            self.wake();
+        }
+    }
+
     /// Ends [`watch`].
     pub fn stop(&self) {
-        // It fails only where it was called 2^64 times.
-        let _ = rustix::io::write(&self.stop, &1_u64.to_ne_bytes());
+        self.stopping.store(true, Ordering::Relaxed);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        // It fails only where it was written to 2^64 times.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 }
