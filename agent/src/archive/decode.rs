@@ -58,13 +58,18 @@ impl<R: BufRead> Decoder<R> {
     pub fn next(&mut self) -> Result<Option<Member>, ArchiveError> {
         self.pass_over()?;
         let mut extended = Extended::default();
-        let mut is_described = false;
+        let mut seen = Vec::new();
         loop {
             let Some(header) = self.header()? else {
-                return if is_described { Err(CUT) } else { Ok(None) };
+                return if seen.is_empty() { Ok(None) } else { Err(CUT) };
             };
             let size = header.entry_size().map_err(|_| NUMBER)?;
-            match header.entry_type() {
+            let entry_type = header.entry_type();
+            // Or what is kept of them would grow with their number.
+            if seen.contains(&entry_type) {
+                return Err(ArchiveError::Damaged("a file has two extended headers"));
+            }
+            match entry_type {
                 EntryType::XHeader => {
                     let records = self.extended(size)?;
                     extended.read(&records)?;
@@ -78,7 +83,7 @@ impl<R: BufRead> Decoder<R> {
                 }
                 _ => return self.member(&header, extended).map(Some),
             }
-            is_described = true;
+            seen.push(entry_type);
         }
     }
 
@@ -133,7 +138,7 @@ impl<R: BufRead> Decoder<R> {
                 .map_err(ArchiveError::stream)?
                 .is_empty()
         {
-            return Err(ArchiveError::Damaged("there is not a single byte in it"));
+            return Err(ArchiveError::NoArchive("is empty"));
         }
         self.block(header.as_mut_bytes())?;
         if header.as_bytes().iter().all(|&byte| byte == 0) {
@@ -350,14 +355,14 @@ fn device(header: &Header, block: bool) -> Result<Kind, ArchiveError> {
 /// What is wrong with a stream whose first block is no header.
 fn no_archive(block: &[u8; BLOCK]) -> ArchiveError {
     let starts: [(&[u8], &str); 4] = [
-        (b"\x1f\x8b", "it is compressed: pass it through `gzip -dc`"),
-        (b"BZh", "it is compressed: pass it through `bzip2 -dc`"),
-        (b"\xfd7zXZ", "it is compressed: pass it through `xz -dc`"),
+        (b"\x1f\x8b", "is compressed: pass it through `gzip -dc`"),
+        (b"BZh", "is compressed: pass it through `bzip2 -dc`"),
+        (b"\xfd7zXZ", "is compressed: pass it through `xz -dc`"),
         (
             b"\x28\xb5\x2f\xfd",
-            "it is compressed: pass it through `zstd -dc`",
+            "is compressed: pass it through `zstd -dc`",
         ),
     ];
     let known = starts.iter().find(|(start, _)| block.starts_with(start));
-    ArchiveError::Damaged(known.map_or("it is no tar archive", |(_, what)| what))
+    ArchiveError::NoArchive(known.map_or("is none", |(_, what)| what))
 }

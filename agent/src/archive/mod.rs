@@ -40,6 +40,9 @@ pub enum ArchiveError {
     /// The archive is not what it should be.
     #[error("the archive is damaged: {0}")]
     Damaged(&'static str),
+    /// There is something else than an archive.
+    #[error("what should be a tar archive {0}")]
+    NoArchive(&'static str),
     /// The archive holds something that must not be unpacked here.
     #[error("the archive holds {name:?}, {why}")]
     Refused {

@@ -111,8 +111,7 @@ impl<R: BufRead> Unpacker<'_, R> {
                 None if is_tree => return self.tree(directory, None),
                 None => return Err(ArchiveError::unfit(&self.destination, "is a directory")),
                 Some(name) => {
-                    self.destination.push(b'/');
-                    self.destination.extend_from_slice(name);
+                    self.destination = self.path(&[name]);
                     (directory, name.to_vec())
                 }
             },

@@ -287,6 +287,13 @@ fn headers_have_bounds() {
             "list",
         ),
         (Tar::tree().records(&[(b"a", b"b")]), "ends in the middle"),
+        (
+            Tar::tree()
+                .records(&[(b"a", b"b")])
+                .records(&[(b"a", b"b")])
+                .file("x"),
+            "two extended headers",
+        ),
         (sparse(b"99999999\n", b"1"), "too many parts"),
         (sparse(b"1\n0\n512\n", b"511"), "map"),
         (sparse(b"2\n512\n0\n0\n0\n", b"512"), "map"),
@@ -331,10 +338,10 @@ fn half_an_archive_is_an_error_and_leaves_no_half_file() {
 fn what_is_no_archive_is_said_to_be_none() {
     let scene = Scene::new();
     for (content, expected) in [
-        (&b""[..], "not a single byte"),
+        (&b""[..], "is empty"),
         (b"\x1f\x8b\x08", "gzip -dc"),
         (b"\x28\xb5\x2f\xfd", "zstd -dc"),
-        (b"hello", "no tar archive"),
+        (b"hello", "what should be a tar archive is none"),
     ] {
         let mut content = content.to_vec();
         if !content.is_empty() {
