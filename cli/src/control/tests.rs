@@ -1,5 +1,6 @@
 //! A control socket whose owner has no machine: what clients ask for, what they send instead, how slow they are.
 
+use std::collections::BTreeSet;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
@@ -646,23 +647,41 @@ fn an_owner_of_another_version_is_told_as_such() {
 fn the_messages_in_the_documentation_are_messages() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/control.md");
     let text = fs::read_to_string(path).unwrap();
-    let (mut requests, mut replies) = (0, 0);
+    let fail = |error: serde_json::Error, line: &str| -> Value { panic!("{error}: {line}") };
+    let mut ops = BTreeSet::new();
+    let mut replies = 0;
     for line in text.lines().filter(|line| line.starts_with("{\"version\"")) {
-        let value: Value =
-            serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
-        if value.get("op").is_some() {
-            let request: Request =
-                serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
-            assert_eq!(request.version, VERSION, "{line}");
-            requests += 1;
-        } else {
-            let reply: Reply =
-                serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
-            assert_eq!(reply.version, VERSION, "{line}");
-            replies += 1;
-        }
+        let shown: Value = serde_json::from_str(line).unwrap();
+        let read = match shown.get("op") {
+            Some(op) => {
+                ops.insert(op.to_string());
+                serde_json::from_str(line).map(|read: Request| json!(read))
+            }
+            None => {
+                replies += 1;
+                serde_json::from_str(line).map(|read: Reply| json!(read))
+            }
+        };
+        // What is shown is all there is, and by the names it has.
+        let read = read.unwrap_or_else(|error| fail(error, line));
+        assert_eq!(read_as_shown(&read, &shown), shown, "{line}");
     }
-    assert!(requests > 0 && replies > 0, "there are no examples");
+    assert_eq!(ops.len(), 16, "{ops:?}");
+    assert!(replies > ops.len());
+}
+
+/// Those members of `read` that `shown` has, too: others have their default.
+fn read_as_shown(read: &Value, shown: &Value) -> Value {
+    match (read, shown) {
+        (Value::Object(read), Value::Object(shown)) => {
+            let members = shown.iter().filter_map(|(name, shown)| {
+                let read = read.get(name)?;
+                Some((name.clone(), read_as_shown(read, shown)))
+            });
+            Value::Object(members.collect())
+        }
+        _ => read.clone(),
+    }
 }
 
 proptest! {
