@@ -3,7 +3,8 @@
 //! Every vsock connection starts with one framed message. On a connection that the host opens to
 //! [`AGENT_PORT`] it is an [`Open`]; on the one that the agent opens to [`HELLO_PORT`] of the host
 //! it is a [`Hello`]. A byte stream ([`Open::Stream`]) is raw from there on, so that it can be
-//! spliced with nothing in between, and so are [`Open::Dial`] and [`Open::Attach`]; all others stay framed.
+//! spliced with nothing in between, and so are [`Open::Dial`], [`Open::Attach`] and [`Open::MountStream`]; all
+//! others stay framed.
 //!
 //! On raw connections an end that is closed before it was shut down for writing is a reset: it
 //! stands for TCP's RST, hop by hop, and is passed on as one.
@@ -15,7 +16,7 @@ use std::io::{self, Read, Write};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 /// Changes with every change of a message.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The vsock port on which the agent listens in the guest.
 pub const AGENT_PORT: u32 = 1024;
@@ -89,6 +90,130 @@ pub enum Open {
     Pack(Pack),
     /// Unpack the archive that follows in chunks; answered with [`FromUnpack`].
     Unpack(Unpack),
+    /// Mount a folder that the host serves; the connection goes on with [`ToMount`] and [`FromMount`].
+    /// When it ends, the mount is taken away from whoever still uses it.
+    Mount(Mount),
+    /// Becomes one of a mount's connections: whole FUSE messages follow, each as long as its header says.
+    MountStream {
+        /// [`Mount::mount`].
+        mount: u64,
+        /// What it carries.
+        kind: MountStream,
+    },
+}
+
+/// A folder, or a single file, that the host serves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// A random number that ties the mount's connections to it.
+    pub mount: u64,
+    /// Where in the guest.
+    pub at: MountPoint,
+    /// What the guest's list of mounts shows as its source.
+    pub source: Vec<u8>,
+    /// Type and permissions of what is mounted, as in `st_mode`.
+    pub mode: u32,
+    /// Whether nothing can be changed through it.
+    pub read_only: bool,
+    /// How many [`MountStream::Requests`] the host opens, 1 to [`MAX_MOUNT_QUEUES`]. The folder is mounted when
+    /// these and the one of notifications are there.
+    pub queues: u32,
+}
+
+/// The most connections that carry one mount's requests.
+pub const MAX_MOUNT_QUEUES: u32 = 64;
+
+/// Where a folder is mounted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MountPoint {
+    /// It becomes the machine's root, which the agent waits for ([`Root::Share`](crate::guest::Root)).
+    Root,
+    /// At this absolute path of the machine's root; what is missing of it is made.
+    Path(Vec<u8>),
+}
+
+/// One of a mount's connections.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum MountStream {
+    /// Requests to the host and their replies: a queue of the guest's kernel of its own.
+    Requests,
+    /// Notifications from the host. They may wait for replies, so they have a connection of their own.
+    Notifications,
+}
+
+/// From the host, on a mount's connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ToMount {
+    /// Do again, in this order, what was done on the host, where somebody watches; answered with
+    /// [`FromMount::Replayed`].
+    Replay(Vec<HostChange>),
+    /// Take the mount away if nobody uses it, or in any case; answered with [`FromMount::Unmounted`].
+    Unmount {
+        /// In any case: whoever uses it gets errors from then on.
+        force: bool,
+    },
+}
+
+/// From the agent, on a mount's connection.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum FromMount {
+    /// It is mounted, or one sentence that says why not, and nothing follows.
+    Mounted(Result<Mounted, String>),
+    /// The changes were done again, or there was nobody to see it.
+    Replayed,
+    /// It is not mounted any more, or one sentence that says why it still is.
+    Unmounted(Result<(), String>),
+}
+
+/// What is to be known of a mount.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mounted {
+    /// The thread that does the host's changes again, as its requests name it (`fuse_in_header.pid`).
+    pub replayer: u32,
+}
+
+/// Something that was done on the host in a shared folder.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostChange {
+    /// The directory, from the mount's root on; empty for that itself.
+    pub dir: Vec<u8>,
+    /// The entry; empty for the directory itself.
+    pub name: Vec<u8>,
+    /// What was done.
+    pub what: ChangeKind,
+}
+
+/// What was done on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ChangeKind {
+    /// A regular file was made.
+    CreatedFile,
+    /// A directory was made.
+    CreatedDirectory,
+    /// A symbolic link was made.
+    CreatedSymlink,
+    /// A FIFO, a socket or a device was made.
+    CreatedSpecial,
+    /// It was written.
+    Modified,
+    /// It was closed by somebody who could write it.
+    CloseWrite,
+    /// Its attributes were changed.
+    Attributes,
+    /// It was removed.
+    Deleted {
+        /// Whether it was a directory.
+        is_dir: bool,
+    },
+    /// It was given another name.
+    Moved {
+        /// The new directory, as in [`HostChange::dir`].
+        dir: Vec<u8>,
+        /// The new name.
+        name: Vec<u8>,
+    },
+    /// More was done than could be told: anything may be different.
+    Overflow,
 }
 
 /// What is sent, and how.

@@ -128,6 +128,9 @@ fn serve(machine: &Machine, connection: Connection, open: Open) -> io::Result<()
         Open::Dial(_) | Open::Attach { .. } | Open::Forward | Open::Datagrams => Ok(()),
         Open::Pack(request) => copy::pack(machine, &connection, request),
         Open::Unpack(request) => copy::unpack(machine, &connection, &request),
+        Open::Mount(_) | Open::MountStream { .. } => {
+            Err(io::Error::other("folders cannot be mounted"))
+        }
     }
 }
 
