@@ -1,9 +1,10 @@
 //! Two stream sockets that are joined: the host's connection, and one to something in the guest.
 //!
 //! Bytes go from one to the other through a buffer that all pairs share. What an end does not take
-//! at once waits in a buffer of the pair's own, which exists no longer than it has to; meanwhile
-//! nothing is read for that end, so a slow reader slows its writer down and nobody else. An idle
-//! pair is two descriptors and 64 bytes here; the kernel's sockets outweigh it many times.
+//! at once waits with the pair, no longer than it has to; meanwhile nothing is read for that end, so
+//! a slow reader slows its writer down and nobody else. An idle pair is two descriptors and 64 bytes
+//! here; the kernel's sockets outweigh it many times. A stalled one has up to 16 KiB more for each
+//! direction, and 256 KiB as long as no more than 64 MiB are lent to all of them ([`Buffers`]).
 //!
 //! An end of file is passed on as a half-close. A reset is passed on as one: the host's connection
 //! is closed without having been shut down for writing, a TCP connection with SO_LINGER 0. As TCP
@@ -16,11 +17,9 @@ use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 use rustix::net::{SendFlags, Shutdown, send, shutdown, sockopt};
 
-/// The most that is read at a time, and the size of the buffer that pairs share.
-pub const READ_SIZE_MAX: usize = 256 << 10;
+use super::buffers::{Buffers, Rest};
 
-/// The least: what is read for an end that took less than it was given. It also is what an end that
-/// takes nothing holds up in memory.
+/// What is read at a time of a connection that has carried little so far, or takes little.
 const READ_SIZE_MIN: usize = 16 << 10;
 
 /// How often a direction is served before a reset is passed on: no more than what sockets hold.
@@ -70,13 +69,7 @@ struct End {
     /// How much is read for it at a time, as a power of two times [`READ_SIZE_MIN`].
     appetite: u8,
     /// What it did not take yet: never empty.
-    leftover: Option<Box<Leftover>>,
-}
-
-#[derive(Debug)]
-struct Leftover {
-    bytes: Vec<u8>,
-    written: usize,
+    leftover: Option<Box<Rest>>,
 }
 
 impl Pair {
@@ -106,11 +99,11 @@ impl Pair {
     }
 
     /// Carries up to one buffer each way.
-    pub fn turn(&mut self, buffer: &mut [u8]) -> Progress {
-        let in_ = self.host.carry_to(&mut self.guest, buffer);
-        let out = self.guest.carry_to(&mut self.host, buffer);
+    pub fn turn(&mut self, buffers: &mut Buffers) -> Progress {
+        let in_ = self.host.carry_to(&mut self.guest, buffers);
+        let out = self.guest.carry_to(&mut self.host, buffers);
         if self.host.broken || self.guest.broken {
-            self.reset(buffer);
+            self.reset(buffers);
             return Progress::Over;
         }
         match (in_, out) {
@@ -121,13 +114,13 @@ impl Pair {
     }
 
     /// Hands over what the broken end's peer had sent, as far as there is room for it at once.
-    fn reset(&mut self, buffer: &mut [u8]) {
+    fn reset(&mut self, buffers: &mut Buffers) {
         let (broken, other) = match self.host.broken {
             true => (&mut self.host, &mut self.guest),
             false => (&mut self.guest, &mut self.host),
         };
         for _ in 0..LAST_ROUNDS {
-            if other.broken || broken.pass_on(other, buffer) != Progress::More {
+            if other.broken || broken.pass_on(other, buffers) != Progress::More {
                 break;
             }
         }
@@ -151,8 +144,8 @@ impl End {
     }
 
     /// Carries bytes to `to`, and the end of them.
-    fn carry_to(&mut self, to: &mut Self, buffer: &mut [u8]) -> Progress {
-        let progress = self.pass_on(to, buffer);
+    fn carry_to(&mut self, to: &mut Self, buffers: &mut Buffers) -> Progress {
+        let progress = self.pass_on(to, buffers);
         // What looks like the end of a broken one is none.
         if self.ended && to.leftover.is_none() && !self.broken && !to.broken {
             to.shut();
@@ -162,16 +155,14 @@ impl End {
     }
 
     /// Carries up to one buffer of bytes to `to`.
-    fn pass_on(&mut self, to: &mut Self, buffer: &mut [u8]) -> Progress {
-        to.write_leftover();
+    fn pass_on(&mut self, to: &mut Self, buffers: &mut Buffers) -> Progress {
+        to.write_leftover(buffers);
         if to.leftover.is_some() || !to.writable || !self.readable || self.ended || to.broken {
             return Progress::Idle;
         }
-        let size = (READ_SIZE_MIN << to.appetite).min(buffer.len());
-        let Some(buffer) = buffer.get_mut(..size) else {
-            return Progress::Idle;
-        };
-        match rustix::io::read(&self.socket, &mut *buffer) {
+        let size = buffers.limit(READ_SIZE_MIN << to.appetite);
+        let buffer = buffers.shared().get_mut(..size).unwrap_or_default();
+        match rustix::io::read(&self.socket, buffer) {
             Ok(0) => {
                 match self.was_closed() {
                     true => self.broken = true,
@@ -180,8 +171,12 @@ impl End {
                 Progress::Idle
             }
             Ok(length) => {
-                let bytes = buffer.get(..length).unwrap_or_default();
-                to.take(bytes, length == size);
+                to.take(length, buffers);
+                // Only what fills the buffer is a reason to ask for more at a time.
+                let most = READ_SIZE_MIN << to.appetite;
+                if length == most && to.leftover.is_none() && most < buffers.size() {
+                    to.appetite += 1;
+                }
                 Progress::More
             }
             Err(Errno::AGAIN) => {
@@ -196,35 +191,26 @@ impl End {
         }
     }
 
-    /// Writes `bytes`, and keeps what was not taken. `full` says that more may have been there.
-    fn take(&mut self, bytes: &[u8], full: bool) {
-        let taken = self.write(bytes);
-        let rest = bytes.get(taken..).unwrap_or_default();
-        if rest.is_empty() {
-            if full && (READ_SIZE_MIN << self.appetite) < READ_SIZE_MAX {
-                self.appetite += 1;
-            }
-        } else if !self.broken {
-            self.appetite = 0;
-            self.leftover = Some(Box::new(Leftover {
-                bytes: rest.to_vec(),
-                written: 0,
-            }));
+    /// Writes the first `length` bytes of the shared buffer, and keeps what was not taken.
+    fn take(&mut self, length: usize, buffers: &mut Buffers) {
+        let taken = self.write(buffers.shared().get(..length).unwrap_or_default());
+        if taken < length && !self.broken {
+            self.leftover = Some(Box::new(buffers.keep(taken..length)));
         }
     }
 
-    fn write_leftover(&mut self) {
+    fn write_leftover(&mut self, buffers: &mut Buffers) {
         if !self.writable {
             return;
         }
         let Some(mut leftover) = self.leftover.take() else {
             return;
         };
-        let rest = leftover.bytes.get(leftover.written..).unwrap_or_default();
-        let left = rest.len();
-        let taken = self.write(rest);
-        leftover.written += taken;
-        if taken < left && !self.broken {
+        let taken = self.write(leftover.bytes());
+        leftover.consume(taken);
+        if leftover.bytes().is_empty() || self.broken {
+            buffers.give_back(*leftover);
+        } else {
             self.leftover = Some(leftover);
         }
     }
@@ -273,4 +259,38 @@ impl End {
 pub fn reset(socket: impl AsFd) {
     // It fails only where there is no connection any more.
     let _ = sockopt::set_socket_linger(socket, Some(Duration::ZERO));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_pair_carries_on_when_nothing_is_left_to_lend() {
+        let mut buffers = Buffers::new();
+        let size = buffers.size();
+        let mut lent = Vec::new();
+        while buffers.limit(size) == size {
+            lent.push(buffers.keep(0..size));
+        }
+        let sockets = || {
+            let (near, far) = UnixStream::pair().unwrap();
+            near.set_nonblocking(true).unwrap();
+            (OwnedFd::from(near), far)
+        };
+        let ((host, mut writer), (guest, mut reader)) = (sockets(), sockets());
+        let mut pair = Pair::new(host, guest);
+        let mut bytes = [7; READ_SIZE_MIN];
+        // More often than anything that counts rounds in a byte could bear.
+        for _ in 0..300 {
+            writer.write_all(&bytes).unwrap();
+            pair.note(Side::Host, EventFlags::IN);
+            assert_eq!(pair.turn(&mut buffers), Progress::More);
+            bytes.fill(0);
+            reader.read_exact(&mut bytes).unwrap();
+            assert_eq!(bytes, [7; READ_SIZE_MIN]);
+        }
+    }
 }

@@ -14,13 +14,14 @@ use std::time::{Duration, Instant};
 use agent::protocol::{FromForwarder, Open};
 use anyhow::{Context, Result};
 
+use super::buffers::Buffers;
 use super::control::{Control, Owner};
 use super::datagram::Carrier;
 use super::greeting::{Greeting, Heard};
 use super::handle::{Handle, Message};
 use super::joining::{Dial, Held, Resolving};
 use super::listen::Listening;
-use super::pair::{self, Pair, Progress, Side};
+use super::pair::{Pair, Progress, Side};
 use super::poller::{Poller, Token};
 use super::resolve::Resolver;
 use super::slots::{Index, Slots};
@@ -69,7 +70,7 @@ pub struct Reactor {
     pub(super) watch: Option<Index>,
     pub(super) watchers: Vec<Owner>,
     pub(super) handle: Handle,
-    buffer: Box<[u8]>,
+    pub(super) buffers: Buffers,
     hand_on: HandOn,
 }
 
@@ -118,7 +119,7 @@ impl Reactor {
             watch: None,
             watchers: Vec::new(),
             handle,
-            buffer: vec![0; pair::READ_SIZE_MAX].into_boxed_slice(),
+            buffers: Buffers::new(),
             hand_on,
         })
     }
@@ -180,7 +181,7 @@ impl Reactor {
     /// Takes an entry as far as it goes in one turn.
     fn turn(&mut self, index: Index) {
         if let Some(State::Pair(pair)) = self.states.get_mut(index) {
-            match pair.turn(&mut self.buffer) {
+            match pair.turn(&mut self.buffers) {
                 Progress::More => self.states.enqueue(index),
                 Progress::Idle => {}
                 Progress::Over => self.remove(index),
@@ -220,7 +221,7 @@ impl Reactor {
 
     /// Reads into the buffer that all share, on behalf of an entry that was taken out.
     pub(super) fn with_buffer<T>(&mut self, read: impl FnOnce(&mut [u8]) -> T) -> T {
-        read(&mut self.buffer)
+        read(self.buffers.shared())
     }
 
     // --- Connections from the host ---

@@ -42,7 +42,7 @@ fn use_connection(mut host: UnixStream, number: usize) {
             while let Ok(1..) = host.read(&mut [0; 16]) {}
         }
         _ => {
-            let _ = host.write_all(&[0; 100_000]);
+            let _ = host.write_all(&[0; 3_000_000]);
         }
     }
 }
@@ -77,6 +77,7 @@ fn nothing_is_left_of_connections_however_they_end() {
     }
     host.join().unwrap();
     assert!(reactor.tokens.is_empty());
+    assert_eq!(reactor.buffers.lent(), 0);
 }
 
 #[test]
