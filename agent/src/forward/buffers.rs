@@ -78,7 +78,10 @@ impl Buffers {
                 loan: None,
             };
         }
-        let another = self.spare.pop().unwrap_or_else(new);
+        let another = match self.spare.pop() {
+            Some(spare) => spare,
+            None => new(),
+        };
         Rest {
             buffer: std::mem::replace(&mut self.shared, another),
             bytes,
