@@ -1,12 +1,14 @@
 //! Who has a port of this host, as far as a user can know.
 
+mod bound;
+
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 
 use super::spec::Protocol;
 
-/// A socket of /proc/net/tcp and its like.
+/// A socket that has a port.
 #[derive(Debug, PartialEq, Eq)]
 struct Socket {
     local: SocketAddr,
@@ -16,21 +18,25 @@ struct Socket {
 
 /// Who has the port, to be read after "in use by".
 pub fn of(at: SocketAddr, protocol: Protocol) -> String {
-    let mut owner = None;
+    let mut sockets = Vec::new();
     for family in ["", "6"] {
+        // A host may be without IPv6, or without /proc.
         let table = fs::read_to_string(format!("/proc/net/{protocol}{family}"));
-        let table = table.unwrap_or_default();
-        let sockets = table.lines().filter_map(parse);
-        for socket in sockets.filter(|socket| is_in_the_way(socket.local, at)) {
-            if let Some(name) = program(socket.inode) {
-                return name;
-            }
-            owner = owner.or(Some(socket.uid));
+        sockets.extend(table.unwrap_or_default().lines().filter_map(parse));
+    }
+    if protocol == Protocol::Tcp {
+        match bound::sockets() {
+            Ok(bound) => sockets.extend(bound),
+            Err(error) => tracing::debug!("sockets without a connection are not told: {error}"),
         }
     }
-    match owner {
-        Some(uid) => format!("a program of {}", user(uid)),
-        None => "another program".to_owned(),
+    // What is winding down belongs to nobody any more, and has no inode.
+    sockets.retain(|socket| socket.inode != 0 && is_in_the_way(socket.local, at));
+    let mut programs = sockets.iter().filter_map(|socket| program(socket.inode));
+    match (programs.next(), sockets.first()) {
+        (Some(program), _) => program,
+        (None, Some(socket)) => format!("a program of {}", user(socket.uid)),
+        (None, None) => "another program".to_owned(),
     }
 }
 
@@ -124,6 +130,7 @@ fn user(uid: u32) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::forward::listener::bind_like;
     use std::net::TcpListener;
 
     #[test]
@@ -141,6 +148,26 @@ mod tests {
         ] {
             assert_eq!(parse(line), None, "{line:?}");
         }
+    }
+
+    #[test]
+    fn a_port_that_is_taken_and_does_not_listen_is_found_with_its_process() {
+        if !kernel_tells() {
+            return;
+        }
+        let (port, _sockets) = bind_like(None, 20_000, Protocol::Tcp).unwrap();
+        let at = SocketAddr::new("127.0.0.1".parse().unwrap(), port);
+        assert_eq!(of(at, Protocol::Tcp), "this machine itself");
+    }
+
+    /// Whether this kernel tells of sockets that have a port and nothing else.
+    fn kernel_tells() -> bool {
+        let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+        let mut numbers = release
+            .split(['.', '-'])
+            .map(|part| part.parse().unwrap_or(0));
+        let version: (u32, u32) = (numbers.next().unwrap(), numbers.next().unwrap());
+        version >= (6, 8)
     }
 
     #[test]
