@@ -81,6 +81,9 @@ fi
     printf IKCFG_ED
 } > "$(corpus kernel_config small)"
 printf 'CONNECT 1024\n' > "$(corpus vsock_uds small)"
+printf '127.0.0.1:8000-8001:9000-9001/udp' > "$(corpus forward_spec range)"
+printf '[::1]:8080:/run/guest.sock' > "$(corpus forward_spec path)"
+printf '0.0.0.0:5432:[2001:db8::1]:5433' > "$(corpus forward_spec reverse)"
 # The first byte is how many are read at a time.
 printf '\007\005\001\000\005\001\000\003\002db\000\120early' > "$(corpus proxy_handshake socks5)"
 printf '\007\004\001\000\120\000\000\000\001me\000db\000early' > "$(corpus proxy_handshake socks4a)"

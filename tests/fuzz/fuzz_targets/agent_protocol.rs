@@ -2,7 +2,10 @@
 
 #![no_main]
 
-use agent::protocol::{self, Done, FromSession, FromUnpack, Hello, Open, Report, ToSession};
+use agent::protocol::{
+    self, Datagram, Done, FromForwarder, FromSession, FromUnpack, Hello, Open, Report, ToForwarder,
+    ToSession,
+};
 use libfuzzer_sys::fuzz_target;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -15,6 +18,9 @@ fuzz_target!(|data: &[u8]| {
     read_all::<Done>(data);
     read_all::<Report>(data);
     read_all::<FromUnpack>(data);
+    read_all::<ToForwarder>(data);
+    read_all::<FromForwarder>(data);
+    read_all::<Datagram>(data);
 });
 
 /// Reads messages until there is none, and says each again: it comes back as it was.
