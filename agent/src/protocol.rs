@@ -90,6 +90,12 @@ pub enum Open {
     Pack(Pack),
     /// Unpack the archive that follows in chunks; answered with [`FromUnpack`].
     Unpack(Unpack),
+    /// Tell the numbers of `NAME`, `UID`, `NAME:GROUP` or `UID:GID` in the machine's root; answered with
+    /// [`Identified`].
+    Identify {
+        /// As in [`Exec::user`].
+        user: String,
+    },
     /// Mount a folder that the host serves; the connection goes on with [`ToMount`] and [`FromMount`].
     /// When it ends, the mount is taken away from whoever still uses it.
     Mount(Mount),
@@ -100,6 +106,19 @@ pub enum Open {
         /// What it carries.
         kind: MountStream,
     },
+}
+
+/// Who somebody is in the guest, or one sentence that says why that is nobody.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Identified(pub Result<UserIds, String>);
+
+/// A user of the guest in numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserIds {
+    /// The user's.
+    pub uid: u32,
+    /// Its group's.
+    pub gid: u32,
 }
 
 /// A folder, or a single file, that the host serves.
@@ -136,10 +155,20 @@ pub enum MountPoint {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum MountStream {
     /// Requests to the host and their replies: a queue of the guest's kernel of its own.
-    Requests,
-    /// Notifications from the host. They may wait for replies, so they have a connection of their own.
+    Requests {
+        /// Which one, from 0 up to [`Mount::queues`].
+        queue: u32,
+    },
+    /// Notifications from the host. They may wait for replies, so they have a connection of their own; where
+    /// they have to come after replies, [`AFTER_REPLIES`] says so.
     Notifications,
 }
+
+/// The `error` of a message among notifications that is for the agent and not for the kernel: those after it
+/// are given to the kernel once it has been given so many replies, in all, of each queue.
+///
+/// Behind its header (`unique` is 0) are these numbers for queue 0, 1 and so on: u64, little endian.
+pub const AFTER_REPLIES: i32 = i32::MAX;
 
 /// From the host, on a mount's connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

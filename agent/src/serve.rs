@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use agent::protocol::{self, Done, Exec, FromSession, Open, Refusal};
+use agent::protocol::{self, Done, Exec, FromSession, Identified, Open, Refusal, UserIds};
 
 use crate::clock;
 use crate::connection::Connection;
@@ -124,6 +124,7 @@ fn serve(machine: &Machine, connection: Connection, open: Open) -> io::Result<()
             let answer = set.map_err(|error| format!("the machine's clock cannot be set: {error}"));
             protocol::send(&connection, &Done(answer))
         }
+        Open::Identify { user } => protocol::send(&connection, &identify(machine, &user)),
         // The reactor's own, which it hands to nobody.
         Open::Dial(_) | Open::Attach { .. } | Open::Forward | Open::Datagrams => Ok(()),
         Open::Pack(request) => copy::pack(machine, &connection, request),
@@ -143,6 +144,17 @@ fn execute(machine: &Machine, control: &Connection, exec: &Exec) -> io::Result<(
             protocol::send(control, &FromSession::Refused { reason, message })
         }
     }
+}
+
+fn identify(machine: &Machine, user: &str) -> Identified {
+    let found = machine.wait_for_root().and_then(|()| {
+        let found = session::find_user(&machine.root, Some(user));
+        found.map_err(|refused| refused.message)
+    });
+    Identified(found.map(|user| UserIds {
+        uid: user.uid,
+        gid: user.gid,
+    }))
 }
 
 /// How many are inside, bounded.

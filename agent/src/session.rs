@@ -322,7 +322,8 @@ fn stream_kinds(exec: &Exec) -> &'static [StreamKind] {
     }
 }
 
-fn find_user(tree: &Tree, spec: Option<&str>) -> Result<User, Refused> {
+/// Who `spec` is in `tree`.
+pub fn find_user(tree: &Tree, spec: Option<&str>) -> Result<User, Refused> {
     let read = |path| match tree.read(path) {
         // An image without the file has just the users that are numbers.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
