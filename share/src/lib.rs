@@ -13,6 +13,7 @@ mod message;
 mod owner;
 mod passthrough;
 mod serve;
+mod view;
 mod watch;
 pub mod wire;
 
@@ -22,4 +23,5 @@ pub use message::{Args, NAME_MAX, PATH_MAX, Reply, check_name, notification};
 pub use owner::{Ids, Owner, XATTR, XATTR_PREFIX};
 pub use passthrough::{Cache, Caller, Limits, MAX_TRANSFER, Options, Share, ShareError};
 pub use serve::serve;
+pub use view::{Readers, View};
 pub use watch::{Change, HostEvent, Kind, watch};

@@ -20,6 +20,7 @@ use rustix::io::Errno;
 
 use crate::host::{Key, Stat, Time};
 use crate::owner::Override;
+use crate::view::Scope;
 use crate::watch::Watch;
 use crate::wire::ROOT_ID;
 pub(crate) use held::Held;
@@ -62,6 +63,8 @@ pub(crate) struct Inode {
     pub remembered: Mutex<Option<Override>>,
     /// Of a directory: whether it is watched.
     pub watch: Mutex<Watch>,
+    /// Where in the view it was found; that of the root, which shows least, where there is none.
+    scope: AtomicU32,
 }
 
 impl Inode {
@@ -78,6 +81,16 @@ impl Inode {
     /// Where it was found last; nothing for the root and for what has lost its name.
     pub fn place(&self) -> Option<Place> {
         lock(&self.place).clone()
+    }
+
+    /// Where in the view it was found.
+    pub fn scope(&self) -> Scope {
+        Scope::from_number(self.scope.load(Ordering::Relaxed))
+    }
+
+    /// It was found elsewhere in the view, too.
+    pub fn set_scope(&self, scope: Scope) {
+        self.scope.store(scope.number(), Ordering::Relaxed);
     }
 
     fn evictable(&self) -> bool {
@@ -168,7 +181,7 @@ impl Inodes {
             held: Arc::default(),
             queue: Mutex::default(),
         };
-        let root_inode = Arc::new(Self::make(ROOT_ID, stat));
+        let root_inode = Arc::new(Self::make(ROOT_ID, stat, Scope::ROOT));
         inodes.held.fetch_add(1, Ordering::Relaxed);
         *lock(&root_inode.held) = Some(Arc::new(Held {
             fd: root,
@@ -181,7 +194,7 @@ impl Inodes {
         inodes
     }
 
-    fn make(id: u64, stat: &Stat) -> Inode {
+    fn make(id: u64, stat: &Stat, scope: Scope) -> Inode {
         Inode {
             id,
             key: stat.key,
@@ -195,6 +208,7 @@ impl Inodes {
             privileged: AtomicBool::new(false),
             remembered: Mutex::new(None),
             watch: Mutex::default(),
+            scope: AtomicU32::new(scope.number()),
         }
     }
 
@@ -221,11 +235,18 @@ impl Inodes {
         inode.is(stat).then(|| inode.clone())
     }
 
-    /// The inode of what was found as `name` in `parent`, which the guest now knows once more.
+    /// The inode of what was found as `name` in `parent`, which the guest now knows once more; `scope` is
+    /// where that is in the view, if it was not known.
     ///
     /// # Errors
     /// `ENFILE` where the guest knows more inodes than it may.
-    pub fn enter(&self, parent: u64, name: &CStr, stat: &Stat) -> Result<Arc<Inode>, Errno> {
+    pub fn enter(
+        &self,
+        parent: u64,
+        name: &CStr,
+        stat: &Stat,
+        scope: Scope,
+    ) -> Result<Arc<Inode>, Errno> {
         let place = Place::new(parent, name);
         let mut table = self.write();
         let known = table.by_key.get(&stat.key).copied();
@@ -236,7 +257,7 @@ impl Inodes {
             table.put(&inode, Some(place));
             return Ok(inode);
         }
-        self.add(&mut table, stat, Some(place))
+        self.add(&mut table, stat, Some(place), scope)
     }
 
     /// The inode of a new file without a name.
@@ -244,7 +265,7 @@ impl Inodes {
     /// # Errors
     /// `ENFILE` where the guest knows more inodes than it may.
     pub fn enter_nameless(&self, stat: &Stat) -> Result<Arc<Inode>, Errno> {
-        self.add(&mut self.write(), stat, None)
+        self.add(&mut self.write(), stat, None, Scope::ROOT)
     }
 
     /// An inode has got one more name, by which the guest knows it once more.
@@ -265,12 +286,13 @@ impl Inodes {
         table: &mut Table,
         stat: &Stat,
         place: Option<Place>,
+        scope: Scope,
     ) -> Result<Arc<Inode>, Errno> {
         if table.by_id.len() >= self.max_inodes {
             return Err(Errno::NFILE);
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let inode = Arc::new(Self::make(id, stat));
+        let inode = Arc::new(Self::make(id, stat, scope));
         table.by_key.insert(stat.key, id);
         table.by_id.insert(id, inode.clone());
         table.put(&inode, place);
@@ -344,7 +366,7 @@ impl Inodes {
     /// # Errors
     /// `ENFILE` where the guest knows more inodes than it may.
     pub fn enter_ghost(&self, stat: &Stat) -> Result<Arc<Inode>, Errno> {
-        self.add(&mut self.write(), stat, None)
+        self.add(&mut self.write(), stat, None, Scope::ROOT)
     }
 
     /// A number that no inode has, nor will have.

@@ -13,6 +13,7 @@ use crate::host::{self, Stat};
 use crate::inode::{Held, Inode, Place};
 use crate::message::{PATH_MAX, Reply};
 use crate::owner::Ids;
+use crate::view::Scope;
 use crate::wire::EntryOut;
 
 /// The flags of renameat2(2) that there are here; whiteouts are devices.
@@ -48,11 +49,11 @@ impl Share {
     pub(crate) fn lookup(&self, parent: u64, name: &CStr) -> Result<EntryOut, Errno> {
         let (parent_inode, dir) = self.dir(parent)?;
         let watched = self.watch_dir(&parent_inode, &dir);
-        let stat = match Stat::at(dir.as_fd(), name) {
+        let (stat, scope) = match self.find(&parent_inode, dir.as_fd(), name) {
             Err(Errno::NOENT) => return Ok(self.absent(watched)),
             outcome => outcome?,
         };
-        let inode = self.enter(parent, dir.as_fd(), name, &stat)?;
+        let inode = self.enter(parent, dir.as_fd(), name, &stat, scope)?;
         let over = self
             .owners
             .recall_at(dir.as_fd(), name, &stat, Some(&inode));
@@ -167,7 +168,7 @@ impl Share {
             return Err(Errno::STALE);
         }
         let inode = match place {
-            Some((parent, name)) => self.inodes.enter(parent, name, &stat)?,
+            Some((parent, name)) => self.inodes.enter(parent, name, &stat, Scope::ROOT)?,
             None => self.inodes.enter_nameless(&stat)?,
         };
         let owned = self

@@ -97,6 +97,7 @@ impl Share {
         }
         self.handles.check_room()?;
         let (inode, dir) = self.dir(id)?;
+        self.check_listed(&inode, &dir)?;
         self.watch_dir(&inode, &dir);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let file = self.open_again(&inode, &dir, flags)?;

@@ -11,6 +11,7 @@ mod init;
 mod readdir;
 mod replay;
 mod told;
+mod viewed;
 mod xattr;
 
 use std::collections::VecDeque;
@@ -30,6 +31,7 @@ use crate::handle::{Handle, Handles};
 use crate::host::{Descriptors, Key, Stat};
 use crate::inode::{Held, Inode, Inodes};
 use crate::owner::{Ids, Override, Owner, Owners, SUID_SGID};
+use crate::view::{Filter, Scope};
 use crate::watch::{Replay, Watcher};
 use crate::wire::{Attr, EntryOut, ROOT_ID};
 
@@ -153,6 +155,8 @@ pub struct Caller {
 pub struct Share {
     options: Options,
     owners: Owners,
+    /// What is shown; everything where there is none.
+    filter: Option<Filter>,
     fds: Descriptors,
     inodes: Inodes,
     handles: Handles,
@@ -189,6 +193,7 @@ impl Share {
         let limits = options.limits;
         Ok(Self {
             owners: Owners::new(options.owner),
+            filter: None,
             fds,
             inodes: Inodes::new(root, &stat, limits.inodes, limits.descriptors),
             handles: Handles::new(limits.handles),
@@ -238,6 +243,7 @@ impl Share {
             return Err(Errno::NOTDIR);
         }
         let held = self.inodes.hold(&inode)?;
+        self.check_shown(&inode, &held)?;
         Ok((inode, held))
     }
 
@@ -245,6 +251,7 @@ impl Share {
     fn held(&self, id: u64) -> Result<(Arc<Inode>, Arc<Held>), Errno> {
         let inode = self.inodes.get(id)?;
         let held = self.inodes.hold(&inode)?;
+        self.check_shown(&inode, &held)?;
         Ok((inode, held))
     }
 
@@ -335,7 +342,8 @@ impl Share {
         mut action: impl FnMut() -> Result<T, Errno>,
     ) -> Result<T, Errno> {
         let outcome = action();
-        if !matches!(outcome, Err(Errno::ACCESS)) || self.owners.privileged {
+        let refused = matches!(outcome, Err(Errno::ACCESS));
+        if !refused || self.owners.privileged || self.filter.is_some() {
             return outcome;
         }
         let stat = Stat::fd(held)?;
@@ -360,15 +368,17 @@ impl Share {
         })
     }
 
-    /// The inode of what was found as `name` in `parent`, once more known to the guest.
+    /// The inode of what was found as `name` in `parent`, in `scope` of the view, once more known to the guest.
     fn enter(
         &self,
         parent: u64,
         dir: BorrowedFd<'_>,
         name: &CStr,
         stat: &Stat,
+        scope: Scope,
     ) -> Result<Arc<Inode>, Errno> {
-        let inode = self.inodes.enter(parent, name, stat)?;
+        let inode = self.inodes.enter(parent, name, stat, scope)?;
+        self.widen(&inode, scope);
         // Without a time of birth, nothing but a descriptor keeps its number from being another
         // file's.
         if stat.birth.is_none()

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::{MAX_TRANSFER, Share, shown_number};
 use crate::handle::Handle;
-use crate::host::{Key, Stat};
+use crate::host::Key;
 use crate::inode::lock;
 use crate::message::Reply;
 use crate::wire::{Dirent, EntryOut, ReadIn};
@@ -62,6 +62,7 @@ impl Share {
         }
         drop(parked);
         let (inode, dir) = self.dir(id)?;
+        self.check_listed(&inode, &dir)?;
         if !self.watch_dir(&inode, &dir)
             && let Some(watcher) = &self.watcher
         {
@@ -155,12 +156,16 @@ impl Share {
         if reply.len() + head + padded > limit {
             return Ok(false);
         }
+        let is_itself = matches!(name, b"." | b"..");
+        if !plus && !is_itself && !self.is_shown(handle, found.name) {
+            return Ok(true);
+        }
         let mut kind = found.kind;
         let mut ino = found.ino ^ shown_number_of_dev(handle.inode.key.dev);
         if plus {
-            let entry = match name {
-                b"." | b".." => EntryOut::default(),
-                _ => match self.entry_of(handle, found.name) {
+            let entry = match is_itself {
+                true => EntryOut::default(),
+                false => match self.entry_of(handle, found.name) {
                     // It has vanished meanwhile.
                     Err(Errno::NOENT) => return Ok(true),
                     // The guest sees that it is there, and asks again for more.
@@ -188,8 +193,8 @@ impl Share {
 
     fn entry_of(&self, handle: &Handle, name: &CStr) -> Result<EntryOut, Errno> {
         let dir = handle.as_fd();
-        let stat = Stat::at(dir, name)?;
-        let inode = self.enter(handle.inode.id, dir, name, &stat)?;
+        let (stat, scope) = self.find(&handle.inode, dir, name)?;
+        let inode = self.enter(handle.inode.id, dir, name, &stat, scope)?;
         let over = self.owners.recall_at(dir, name, &stat, Some(&inode));
         Ok(self.entry(&inode, &stat, &over, handle.inode.is_watched()))
     }

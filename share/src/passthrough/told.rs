@@ -43,10 +43,11 @@ impl Share {
         self.watcher.as_ref()
     }
 
-    /// What `name` in a directory is now.
+    /// What `name` in a directory is now, if it is shown.
     pub(crate) fn stat(&self, dir: u64, name: &CStr) -> Option<Stat> {
-        let (_, dir) = self.dir(dir).ok()?;
-        Stat::at(dir.as_fd(), name).ok()
+        let (inode, dir) = self.dir(dir).ok()?;
+        let found = self.find(&inode, dir.as_fd(), name);
+        found.ok().map(|(stat, _)| stat)
     }
 
     /// The inode of a file, if the guest knows it.

@@ -158,9 +158,13 @@ impl Notifier<'_> {
     ) -> io::Result<()> {
         let appeared = mask & (libc::FAN_CREATE | libc::FAN_MOVED_TO) != 0;
         let vanished = mask & (libc::FAN_DELETE | libc::FAN_MOVED_FROM) != 0;
+        if !self.share.is_name_shown(known.dir, known.name) {
+            return Ok(());
+        }
         // What happens to one name in a row is one event: what there is now tells what was last.
         let now = self.share.stat(known.dir, known.name);
-        if appeared || vanished {
+        let reshown = mask & libc::FAN_ATTRIB != 0 && self.share.has_view();
+        if appeared || vanished || reshown {
             self.forget_entry(known)?;
         }
         if vanished {
@@ -222,6 +226,8 @@ impl Notifier<'_> {
         is_dir: bool,
         events: &mut Vec<HostEvent>,
     ) -> io::Result<()> {
+        let told = |known: &Known<'_>| self.share.is_name_shown(known.dir, known.name);
+        let (from, to) = (from.filter(told), to.filter(told));
         for known in [&from, &to].into_iter().flatten() {
             self.forget_entry(known)?;
         }

@@ -8,6 +8,7 @@ mod mount;
 mod names;
 mod owner;
 mod replay;
+mod view;
 
 use std::path::PathBuf;
 

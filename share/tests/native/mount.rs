@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use rustix::fs::{Gid, Uid};
 use rustix::mount::{MountFlags, UnmountFlags};
-use share::{Channel, HostEvent, Options, Share, serve, watch};
+use share::{Channel, HostEvent, Options, Share, View, serve, watch};
 
 /// How many threads serve a mount, each at a queue of its own.
 const THREADS: usize = 4;
@@ -82,6 +82,27 @@ impl Mounted {
 
     /// Mounts what `source` is at `at`; nothing where this machine does not let us.
     pub fn of(source: &Path, at: &Path, options: Options, ids: Option<(u32, u32)>) -> Option<Self> {
+        Self::shared(source, at, ids, move |path| {
+            Share::open(path, options).unwrap()
+        })
+    }
+
+    /// Mounts what `view` shows of a directory.
+    pub fn of_view(source: tempfile::TempDir, view: View, ids: Option<(u32, u32)>) -> Option<Self> {
+        let at = tempfile::tempdir().unwrap();
+        let mut mounted = Self::shared(source.path(), at.path(), ids, move |path| {
+            Share::open_view(path, Options::default(), view).unwrap()
+        })?;
+        mounted._dirs = vec![source, at];
+        Some(mounted)
+    }
+
+    fn shared(
+        source: &Path,
+        at: &Path,
+        ids: Option<(u32, u32)>,
+        open: impl FnOnce(&Path) -> Share + Send + 'static,
+    ) -> Option<Self> {
         let device = open_device()?;
         let (shared, opened) = mpsc::channel();
         let (mounted, queues) = mpsc::channel::<File>();
@@ -92,7 +113,7 @@ impl Mounted {
             if let Some((uid, gid)) = ids {
                 become_user(uid, gid);
             }
-            let share = Arc::new(Share::open(&path, options).unwrap());
+            let share = Arc::new(open(&path));
             shared.send(share.clone()).unwrap();
             for queue in queues {
                 let share = share.clone();

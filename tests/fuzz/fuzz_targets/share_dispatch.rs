@@ -9,7 +9,7 @@ use std::path::Path;
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{CWD, FileType, Mode};
 use share::wire::{IN_HEADER_LEN, Opcode};
-use share::{Answer, Limits, Options, Reply, Share, dispatch};
+use share::{Answer, Limits, Options, Readers, Reply, Share, View, dispatch};
 use tempfile::TempDir;
 
 /// What lies beside the share, and is not to change.
@@ -60,6 +60,19 @@ fn requests(mut data: &[u8]) -> impl Iterator<Item = Vec<u8>> {
     })
 }
 
+/// The same requests where only a part is shown: no reply has anything of what is not.
+fn in_a_view(dir: &Path, options: Options, data: &[u8]) {
+    let mut view = View::default();
+    view.show(Path::new("share"), Readers::Process);
+    let share = Share::open_view(dir, options, view).expect("a share");
+    let mut reply = Reply::with_capacity(4096);
+    for request in requests(data) {
+        let (_, bytes) = dispatch(&share, &request, &mut reply);
+        let mut windows = bytes.windows(SECRET.len());
+        assert!(!windows.any(|window| window == SECRET.as_bytes()));
+    }
+}
+
 fuzz_target!(|data: &[u8]| {
     let dir = TempDir::with_prefix("mvm-fuzz-").expect("a directory");
     let shared = dir.path().join("share");
@@ -75,6 +88,7 @@ fuzz_target!(|data: &[u8]| {
         limits,
         ..Options::default()
     };
+    in_a_view(dir.path(), options, data);
     let share = Share::open(&shared, options).expect("a share");
     let mut reply = Reply::with_capacity(4096);
     // As it comes, then as requests.
