@@ -180,7 +180,7 @@ fn making(
         Opcode::Mknod => {
             let asked: wire::MknodIn = args.take()?;
             let caller = caller(header, asked.umask);
-            reply.push(&share.mknod(&caller, dir, args.name()?, asked.mode)?)
+            reply.push(&share.mknod(&caller, dir, args.name()?, &asked)?)
         }
         Opcode::Mkdir => {
             let asked: wire::MkdirIn = args.take()?;

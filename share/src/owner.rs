@@ -5,12 +5,13 @@
 //! extended attribute [`XATTR`] of the file:
 //!
 //! ```text
-//! UID:GID:ADDED:TAKEN
+//! UID:GID:ADDED:TAKEN[:KIND:MAJOR:MINOR]
 //! ```
 //!
 //! `UID` and `GID` are decimal, or `-` where the host's own hold; `ADDED` and `TAKEN` are octal
 //! permission bits that the guest sees besides those on the host, and does not see though the host
-//! has them. `0:0:4000:0` is a setuid program of root. The host never has a file setuid or setgid
+//! has them. `0:0:4000:0` is a setuid program of root. `KIND` is `c` or `b`: what the host has as an
+//! empty file is a device to the guest. The host never has a file setuid or setgid, nor a device,
 //! because a guest wanted it.
 //!
 //! Symbolic links, sockets and FIFOs cannot carry such an attribute, and some filesystems have none: for
@@ -36,6 +37,10 @@ pub const XATTR_PREFIX: &[u8] = b"user.mvm.";
 const NOBODY: u32 = 65534;
 /// The longest value of [`XATTR`] there can be.
 const MAX_VALUE: usize = 64;
+
+/// The largest numbers of devices.
+const MAX_MAJOR: u32 = 0xfff;
+const MAX_MINOR: u32 = 0xf_ffff;
 
 /// setuid and setgid.
 pub(crate) const SUID_SGID: u32 = 0o6000;
@@ -69,6 +74,53 @@ pub(crate) struct Override {
     pub added: u32,
     /// Permissions that only the host sees.
     pub taken: u32,
+    /// What a regular file is instead.
+    pub device: Option<Device>,
+}
+
+/// A device of the guest's, which is no more than an empty file on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Device {
+    is_block: bool,
+    major: u32,
+    minor: u32,
+}
+
+impl Device {
+    /// From the protocol's `rdev` (the kernel's `new_encode_dev`); nothing for what is no device.
+    pub fn new(kind: FileType, rdev: u32) -> Option<Self> {
+        let is_block = match kind {
+            FileType::BlockDevice => true,
+            FileType::CharacterDevice => false,
+            _ => return None,
+        };
+        Some(Self {
+            is_block,
+            major: (rdev >> 8) & MAX_MAJOR,
+            minor: (rdev & 0xff) | ((rdev >> 12) & 0xfff00),
+        })
+    }
+
+    fn kind(self) -> FileType {
+        match self.is_block {
+            true => FileType::BlockDevice,
+            false => FileType::CharacterDevice,
+        }
+    }
+
+    fn parse(kind: &str, major: &str, minor: &str) -> Option<Self> {
+        let is_block = match kind {
+            "b" => true,
+            "c" => false,
+            _ => return None,
+        };
+        let number = |text: &str, max| text.parse().ok().filter(|number| *number <= max);
+        Some(Self {
+            is_block,
+            major: number(major, MAX_MAJOR)?,
+            minor: number(minor, MAX_MINOR)?,
+        })
+    }
 }
 
 impl Override {
@@ -85,7 +137,12 @@ impl fmt::Display for Override {
                 None => f.write_str("-:")?,
             }
         }
-        write!(f, "{:o}:{:o}", self.added, self.taken)
+        write!(f, "{:o}:{:o}", self.added, self.taken)?;
+        let Some(device) = &self.device else {
+            return Ok(());
+        };
+        let kind = if device.is_block { 'b' } else { 'c' };
+        write!(f, ":{kind}:{}:{}", device.major, device.minor)
     }
 }
 
@@ -99,14 +156,18 @@ impl FromStr for Override {
         };
         let bits = |text, all| u32::from_str_radix(text, 8).map(|bits| bits & all);
         let fields: Vec<_> = text.split(':').collect();
-        let [uid, gid, added, taken] = fields[..] else {
-            return Err(());
+        let (&[uid, gid, added, taken], device) = fields.split_first_chunk().ok_or(())?;
+        let device = match *device {
+            [] => None,
+            [kind, major, minor] => Some(Device::parse(kind, major, minor).ok_or(())?),
+            _ => return Err(()),
         };
         Ok(Self {
             uid: id(uid)?,
             gid: id(gid)?,
             added: bits(added, SUID_SGID).map_err(|_| ())?,
             taken: bits(taken, 0o777).map_err(|_| ())?,
+            device,
         })
     }
 }
@@ -118,6 +179,8 @@ pub(crate) struct Seen {
     pub gid: u32,
     /// Type and permissions.
     pub mode: u32,
+    /// Which device it is, major and minor.
+    pub rdev: (u32, u32),
 }
 
 /// The rule by which the guest sees owners.
@@ -163,10 +226,13 @@ impl Owners {
     /// What the guest sees of a file.
     pub fn seen(&self, stat: &Stat, over: &Override) -> Seen {
         let natural = self.natural(stat.uid, stat.gid);
+        let device = over.device.filter(|_| stat.kind() == FileType::RegularFile);
+        let kind = device.map_or(stat.kind(), Device::kind);
         Seen {
             uid: over.uid.unwrap_or(natural.uid),
             gid: over.gid.unwrap_or(natural.gid),
-            mode: (stat.mode & !over.taken) | over.added,
+            mode: kind.as_raw_mode() | (stat.mode & 0o7777 & !over.taken) | over.added,
+            rdev: device.map_or(stat.rdev, |device| (device.major, device.minor)),
         }
     }
 
@@ -291,6 +357,8 @@ mod tests {
             "0:0:4000:0",
             "1000:-:6000:400",
             "-:4294967294:0:700",
+            "0:0:0:0:c:1:3",
+            "-:-:0:400:b:4095:1048575",
         ] {
             assert_eq!(text.parse::<Override>().unwrap().to_string(), text);
         }
@@ -302,6 +370,12 @@ mod tests {
             "a:0:0:0",
             "-1:0:0:0",
             "0:0:9:0",
+            "0:0:0:0:c",
+            "0:0:0:0:c:1",
+            "0:0:0:0:c:1:3:",
+            "0:0:0:0:d:1:3",
+            "0:0:0:0:c:4096:0",
+            "0:0:0:0:b:0:1048576",
         ] {
             assert_eq!(text.parse::<Override>(), Err(()), "{text:?}");
         }

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::{Share, shown_number};
 use crate::host::{Stat, Time};
-use crate::inode::{Held, Inode};
+use crate::inode::{Held, Inode, lock};
 use crate::owner::{Ids, Override, Owner};
 use crate::wire::{AttrOut, SetattrIn, StatfsOut, Statx, StatxOut, SxTime, fattr};
 
@@ -68,8 +68,8 @@ impl Share {
                 btime: birth.unwrap_or_default(),
                 ctime: of(stat.ctime),
                 mtime: of(stat.mtime),
-                rdev_major: stat.rdev.0,
-                rdev_minor: stat.rdev.1,
+                rdev_major: seen.rdev.0,
+                rdev_minor: seen.rdev.1,
                 ..Statx::default()
             },
             ..StatxOut::default()
@@ -167,22 +167,18 @@ impl Share {
         self.remember(inode, held, &before, &after)
     }
 
-    /// What is remembered of a new file: its owner and what the host would not let it have.
+    /// Gives a new file its owner, and remembers of it what the host would not let it have.
+    ///
+    /// # Errors
+    /// `EPERM` for a device on a filesystem where it cannot be remembered that it is one.
     pub(super) fn own_new(
         &self,
         inode: &Inode,
         held: &Held,
         ids: Ids,
-        mode: (u32, u32),
+        mut over: Override,
     ) -> Result<(Stat, Override), Errno> {
         let stat = Stat::fd(held.as_fd())?;
-        let (added, taken) = mode;
-        let mut over = Override {
-            uid: None,
-            gid: None,
-            added,
-            taken,
-        };
         match self.owners.rule {
             Owner::Host if (stat.uid, stat.gid) == (ids.uid, ids.gid) => {}
             Owner::Host => set_host_owner(held.as_fd(), Some(ids.uid), Some(ids.gid))?,
@@ -193,6 +189,9 @@ impl Share {
             }
         }
         self.remember(inode, held, &Override::default(), &over)?;
+        if over.device.is_some() && lock(&inode.remembered).is_some() {
+            return Err(Errno::PERM);
+        }
         let stat = match self.owners.rule {
             Owner::Host => Stat::fd(held.as_fd())?,
             Owner::Mapped(_) => stat,

@@ -12,9 +12,9 @@ use super::{Caller, Share};
 use crate::host::{self, Stat};
 use crate::inode::{Held, Inode, Place};
 use crate::message::{PATH_MAX, Reply};
-use crate::owner::Ids;
+use crate::owner::{Device, Ids, Override};
 use crate::view::Scope;
-use crate::wire::EntryOut;
+use crate::wire::{EntryOut, MknodIn};
 
 /// The flags of renameat2(2) that there are here; whiteouts are devices.
 const RENAME_FLAGS: RenameFlags = RenameFlags::NOREPLACE.union(RenameFlags::EXCHANGE);
@@ -24,8 +24,8 @@ pub(super) struct Making {
     pub kind: FileType,
     /// Permissions the host is to give it.
     pub real: Mode,
-    /// Permissions that are remembered: added, taken.
-    remembered: (u32, u32),
+    /// What is remembered of it.
+    remembered: Override,
     /// What the host is to leave out of them.
     umask: Mode,
     /// Whose it is in the guest.
@@ -125,7 +125,11 @@ impl Share {
         Ok(Making {
             kind,
             real: Mode::from_raw_mode(real),
-            remembered: (added, taken),
+            remembered: Override {
+                added,
+                taken,
+                ..Override::default()
+            },
             umask: Mode::from_raw_mode(umask & !taken),
             ids,
             watched: self.watch_dir(parent, dir),
@@ -216,22 +220,26 @@ impl Share {
         }
     }
 
-    /// Makes an empty file, a FIFO or a socket.
+    /// Makes an empty file, a FIFO or a socket, or what is a device to the guest: an empty file, as
+    /// nobody makes devices on the host from in here.
     pub(crate) fn mknod(
         &self,
         caller: &Caller,
         parent: u64,
         name: &CStr,
-        mode: u32,
+        asked: &MknodIn,
     ) -> Result<EntryOut, Errno> {
         self.check_writable()?;
-        let kind = match FileType::from_raw_mode(mode) {
-            kind @ (FileType::RegularFile | FileType::Fifo | FileType::Socket) => kind,
-            // Nobody makes devices on the host from in here.
+        let kind = FileType::from_raw_mode(asked.mode);
+        let device = Device::new(kind, asked.rdev);
+        let kind = match kind {
+            FileType::RegularFile | FileType::Fifo | FileType::Socket => kind,
+            _ if device.is_some() => FileType::RegularFile,
             _ => return Err(Errno::PERM),
         };
         let (inode, dir) = self.dir(parent)?;
-        let making = self.making(caller, &inode, &dir, kind, mode)?;
+        let mut making = self.making(caller, &inode, &dir, kind, asked.mode)?;
+        making.remembered.device = device;
         self.lend(dir.as_fd(), 0o700, || {
             making.masked(|| rustix::fs::mknodat(&*dir, name, kind, making.real, 0))
         })?;

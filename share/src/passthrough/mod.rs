@@ -327,7 +327,7 @@ impl Share {
             nlink: stat.nlink,
             uid: seen.uid,
             gid: seen.gid,
-            rdev: device_number(stat.rdev),
+            rdev: device_number(seen.rdev),
             blksize: stat.blksize,
             flags: 0,
         }

@@ -7,6 +7,7 @@ mod data;
 mod mount;
 mod names;
 mod owner;
+mod pjdfstest;
 mod replay;
 mod view;
 

@@ -173,6 +173,39 @@ fn the_hosts_numbers_can_be_the_guests() {
 }
 
 #[test]
+fn what_is_a_device_to_the_guest_is_an_empty_file_on_the_host() {
+    use rustix::fs::{CWD, FileType, Mode};
+    use std::os::unix::fs::FileTypeExt;
+    for mounted in [rootless(), Mounted::new(Options::default())]
+        .into_iter()
+        .flatten()
+    {
+        for (name, kind, major, minor) in [
+            ("null", FileType::CharacterDevice, 1, 3),
+            ("last", FileType::BlockDevice, 0xfff, 0xf_ffff),
+        ] {
+            let at = mounted.at.join(name);
+            let device = rustix::fs::makedev(major, minor);
+            rustix::fs::mknodat(CWD, &at, kind, Mode::from_raw_mode(0o640), device).unwrap();
+            chown(&at, Some(3), Some(4)).unwrap();
+            fs::rename(&at, mounted.at.join("moved")).unwrap();
+            fs::rename(mounted.at.join("moved"), &at).unwrap();
+            let found = fs::symlink_metadata(&at).unwrap();
+            assert_eq!(FileType::from_raw_mode(found.mode()), kind);
+            assert_eq!(found.rdev(), device);
+            assert_eq!((mode(&at), ids(&at)), (0o640, (3, 4)));
+            let on_host = fs::symlink_metadata(mounted.source.join(name)).unwrap();
+            assert!(on_host.is_file() && on_host.len() == 0);
+            let listed = fs::read_dir(&mounted.at).unwrap();
+            let kinds = listed.map(|entry| entry.unwrap().metadata().unwrap().file_type());
+            assert!(kinds.into_iter().all(|kind| !kind.is_file()));
+            let kind = found.file_type();
+            assert!(kind.is_char_device() || kind.is_block_device());
+        }
+    }
+}
+
+#[test]
 fn attributes_and_access_lists_are_kept() {
     use rustix::fs::XattrFlags;
     for mounted in [rootless(), Mounted::new(Options::default())]
