@@ -1,0 +1,6 @@
+//! What a guest that means harm can send: it reaches nothing but the share, and breaks nothing.
+
+mod bounds;
+mod guest;
+mod reach;
+mod view;
