@@ -15,6 +15,7 @@ mod hello;
 mod init;
 mod loopback;
 mod modules;
+mod mount;
 mod mounts;
 mod power;
 mod process;

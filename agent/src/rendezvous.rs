@@ -1,34 +1,42 @@
-//! Where a session meets its streams: they come on connections of their own, in any order.
+//! Where a session, or a mount, meets its streams: they come on connections of their own, in any order.
 
 use std::collections::HashMap;
+use std::hash::Hash;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-
-use agent::protocol::StreamKind;
 
 use crate::connection::Connection;
 
 /// How long a session waits for its streams, and a stream for its session.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
-/// A session's streams by their kind.
-pub type Streams = HashMap<StreamKind, Arc<Connection>>;
+/// A session's streams by what they are to it.
+pub type Streams<K> = HashMap<K, Arc<Connection>>;
 
-/// Streams that no session has taken yet.
+/// Streams that no session has taken yet; `K` tells those of one session apart.
 ///
 /// Bounded: the thread of the connection that brought a stream waits here with it, and their
 /// number is bounded where connections are accepted.
-#[derive(Debug, Default)]
-pub struct Rendezvous {
-    waiting: Mutex<HashMap<u64, Streams>>,
+#[derive(Debug)]
+pub struct Rendezvous<K> {
+    waiting: Mutex<HashMap<u64, Streams<K>>>,
     changed: Condvar,
 }
 
-impl Rendezvous {
+impl<K> Default for Rendezvous<K> {
+    fn default() -> Self {
+        Self {
+            waiting: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+}
+
+impl<K: Copy + Eq + Hash> Rendezvous<K> {
     /// Leaves a stream for its session and waits until it was taken.
     ///
     /// A stream that nobody takes within `patience`, or that is there already, is closed.
-    pub fn offer(&self, session: u64, kind: StreamKind, stream: Connection, patience: Duration) {
+    pub fn offer(&self, session: u64, kind: K, stream: Connection, patience: Duration) {
         let mut waiting = self.waiting();
         let streams = waiting.entry(session).or_default();
         if streams.contains_key(&kind) {
@@ -37,7 +45,7 @@ impl Rendezvous {
         let stream = Arc::new(stream);
         streams.insert(kind, Arc::clone(&stream));
         self.changed.notify_all();
-        let is_here = |waiting: &HashMap<u64, Streams>| {
+        let is_here = |waiting: &HashMap<u64, Streams<K>>| {
             let offered = waiting.get(&session).and_then(|streams| streams.get(&kind));
             offered.is_some_and(|offered| Arc::ptr_eq(offered, &stream))
         };
@@ -57,13 +65,12 @@ impl Rendezvous {
     pub fn collect(
         &self,
         session: u64,
-        kinds: &[StreamKind],
+        kinds: &[K],
         patience: Duration,
-    ) -> Result<Streams, Vec<StreamKind>> {
-        let missing = |waiting: &HashMap<u64, Streams>| -> Vec<StreamKind> {
+    ) -> Result<Streams<K>, Vec<K>> {
+        let missing = |waiting: &HashMap<u64, Streams<K>>| -> Vec<K> {
             let here = waiting.get(&session);
-            let is_missing =
-                |kind: &StreamKind| !here.is_some_and(|streams| streams.contains_key(kind));
+            let is_missing = |kind: &K| !here.is_some_and(|streams| streams.contains_key(kind));
             kinds.iter().copied().filter(is_missing).collect()
         };
         let deadline = Instant::now() + patience;
@@ -85,12 +92,16 @@ impl Rendezvous {
         }
     }
 
-    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, Streams>> {
+    fn waiting(&self) -> MutexGuard<'_, HashMap<u64, Streams<K>>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn take(waiting: &mut HashMap<u64, Streams>, session: u64, kinds: &[StreamKind]) -> Streams {
+fn take<K: Copy + Eq + Hash>(
+    waiting: &mut HashMap<u64, Streams<K>>,
+    session: u64,
+    kinds: &[K],
+) -> Streams<K> {
     let Some(streams) = waiting.get_mut(&session) else {
         return Streams::new();
     };
@@ -107,6 +118,7 @@ fn take(waiting: &mut HashMap<u64, Streams>, session: u64, kinds: &[StreamKind])
 #[cfg(test)]
 mod tests {
     use super::*;
+    use agent::protocol::StreamKind;
     use std::io::Read;
     use std::os::unix::net::UnixStream;
     use std::thread;

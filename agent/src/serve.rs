@@ -6,12 +6,16 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use agent::protocol::{self, Done, Exec, FromSession, Identified, Open, Refusal, UserIds};
+use agent::protocol::{
+    self, Done, Exec, FromMount, FromSession, Identified, MountStream, Open, Refusal, StreamKind,
+    UserIds,
+};
 
 use crate::clock;
 use crate::connection::Connection;
 use crate::copy;
 use crate::forward;
+use crate::mount;
 use crate::reap::{Child, Reaper};
 use crate::rendezvous::{PATIENCE, Rendezvous};
 use crate::root::Prepared;
@@ -20,6 +24,9 @@ use crate::tree::Tree;
 
 /// Sessions at a time. Each has up to four connections and four threads.
 const MAX_SESSIONS: usize = 256;
+
+/// Shared folders at a time. Each has a thread for every direction of every connection.
+const MAX_MOUNTS: usize = 256;
 
 /// Connections at a time: those of all sessions, and as many that wait for theirs.
 const MAX_CONNECTIONS: usize = 8 * MAX_SESSIONS;
@@ -42,12 +49,15 @@ pub struct Machine {
     /// A child that still completes the root; commands wait for its end.
     pub furnishing: Option<Child>,
     /// Streams and the sessions they belong to.
-    pub rendezvous: Rendezvous,
+    pub rendezvous: Rendezvous<StreamKind>,
+    /// Streams and the mounts they belong to.
+    pub mounts: Rendezvous<MountStream>,
     /// Serves connections between the host and what is in the guest.
     pub forwarder: forward::Handle,
     /// Powers the machine off, with so long between SIGTERM and SIGKILL.
     pub power_off: fn(&Machine, Duration),
     sessions: Count,
+    folders: Count,
     connections: Count,
 }
 
@@ -66,9 +76,11 @@ impl Machine {
             initramfs,
             reaper,
             rendezvous: Rendezvous::default(),
+            mounts: Rendezvous::default(),
             forwarder,
             power_off,
             sessions: Count::default(),
+            folders: Count::default(),
             connections: Count::default(),
         }
     }
@@ -129,8 +141,17 @@ fn serve(machine: &Machine, connection: Connection, open: Open) -> io::Result<()
         Open::Dial(_) | Open::Attach { .. } | Open::Forward | Open::Datagrams => Ok(()),
         Open::Pack(request) => copy::pack(machine, &connection, request),
         Open::Unpack(request) => copy::unpack(machine, &connection, &request),
-        Open::Mount(_) | Open::MountStream { .. } => {
-            Err(io::Error::other("folders cannot be mounted"))
+        Open::Mount(request) => match machine.folders.enter(MAX_MOUNTS) {
+            Some(_place) => mount::run(machine, &connection, &request),
+            None => {
+                let message = format!("the machine has {MAX_MOUNTS} shared folders already");
+                protocol::send(&connection, &FromMount::Mounted(Err(message)))
+            }
+        },
+        Open::MountStream { mount, kind } => {
+            connection.set_timeouts(None)?;
+            machine.mounts.offer(mount, kind, connection, PATIENCE);
+            Ok(())
         }
     }
 }

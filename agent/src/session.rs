@@ -107,7 +107,7 @@ impl Session {
 
     fn start_pumps(
         &mut self,
-        streams: &Streams,
+        streams: &Streams<StreamKind>,
         input: Option<(StreamKind, Endpoint)>,
         outputs: Vec<(StreamKind, Endpoint)>,
     ) -> io::Result<()> {

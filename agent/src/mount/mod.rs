@@ -1,0 +1,301 @@
+//! Folders that the host serves: the kernel's FUSE on one side, connections to the host on the other.
+//!
+//! Lifecycle: streams meet ([`Rendezvous`](crate::rendezvous)) → a FUSE filesystem is made, and `/dev/fuse` cloned
+//! for each queue → pumps carry requests and replies → the first requests are answered → it is mounted →
+//! this thread does what the host asks for on the control connection → the mount ends, by whomever → all
+//! is freed. Nothing waits for the host without being woken by the end of its connections: that
+//! has the kernel give up the mount, and whoever waits for it gets an error.
+
+mod attach;
+mod device;
+mod ending;
+mod order;
+mod point;
+mod pump;
+mod replay;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use agent::protocol::{
+    self, FromMount, MAX_MOUNT_QUEUES, Mount, MountPoint, MountStream, Mounted, ToMount,
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
+
+use self::attach::{Attached, Filesystem, Refusal};
+use self::ending::{Ending, Why};
+use self::order::Replies;
+use self::point::Point;
+use self::replay::Replayer;
+use crate::connection::Connection;
+use crate::rendezvous::PATIENCE;
+use crate::serve::Machine;
+
+/// `S_IFMT` and `S_IFREG` of inode(7).
+const KIND: u32 = 0o170_000;
+const REGULAR: u32 = 0o100_000;
+
+/// How long the kernel may take to let go of what was unmounted.
+const UNMOUNTED: Timespec = Timespec {
+    tv_sec: 2,
+    tv_nsec: 0,
+};
+
+/// Mounts what `request` asks for, and serves its control connection to the end of either.
+pub fn run(machine: &Machine, control: &Connection, request: &Mount) -> io::Result<()> {
+    let folder = match Folder::mount(machine, request) {
+        Ok(folder) => folder,
+        Err(why) => return protocol::send(control, &FromMount::Mounted(Err(why))),
+    };
+    let served = folder.serve(control);
+    folder.end();
+    served
+}
+
+/// A folder while it is mounted.
+struct Folder {
+    carrying: Carrying,
+    attached: Arc<Attached>,
+    replayer: Replayer,
+}
+
+/// What carries a filesystem's messages.
+struct Carrying {
+    ending: Arc<Ending>,
+    streams: Vec<Arc<Connection>>,
+    replies: Arc<Replies>,
+    pumps: Vec<JoinHandle<()>>,
+}
+
+impl Folder {
+    fn mount(machine: &Machine, request: &Mount) -> Result<Self, String> {
+        if !(1..=MAX_MOUNT_QUEUES).contains(&request.queues) {
+            return Err(format!(
+                "a mount has 1 to {MAX_MOUNT_QUEUES} queues, not {}",
+                request.queues
+            ));
+        }
+        let device = Arc::new(device::open_new()?);
+        let filesystem = Filesystem::new(&device, request)?;
+        let carrying = Carrying::start(machine, request, device, &filesystem)?;
+        match Self::attach(machine, request, filesystem, &carrying) {
+            Ok((attached, replayer)) => Ok(Self {
+                carrying,
+                attached,
+                replayer,
+            }),
+            Err(why) => {
+                carrying.end();
+                Err(why)
+            }
+        }
+    }
+
+    fn attach(
+        machine: &Machine,
+        request: &Mount,
+        filesystem: Filesystem,
+        carrying: &Carrying,
+    ) -> Result<(Arc<Attached>, Replayer), String> {
+        filesystem
+            .try_out()
+            .map_err(|sentence| match carrying.ending.why() {
+                Some(Why::Failed(why)) => format!("{sentence} ({why})"),
+                _ => sentence,
+            })?;
+        let MountPoint::Path(path) = &request.at else {
+            return Err("the machine's root is there already".to_owned());
+        };
+        machine.wait_for_root()?;
+        let is_directory = request.mode & KIND != REGULAR;
+        let point = Point::make(&machine.root, path, is_directory)?;
+        let attached = Arc::new(filesystem.attach(point)?);
+        let replayer = Replayer::start(Arc::clone(&attached)).map_err(|error| {
+            // What is mounted is seen by nobody yet who could use it.
+            let _ = attached.unmount(UnmountFlags::DETACH);
+            format!("no thread can be started for the shared folder: {error}")
+        })?;
+        Ok((attached, replayer))
+    }
+
+    /// Does what the host asks for, until the mount or the connection ends.
+    fn serve(&self, control: &Connection) -> io::Result<()> {
+        let replayer = self.replayer.thread;
+        protocol::send(control, &FromMount::Mounted(Ok(Mounted { replayer })))?;
+        loop {
+            match self.wait(control)? {
+                Happened::Ended => {
+                    if let Some(Why::Failed(why)) = self.carrying.ending.why() {
+                        eprintln!("mvm-agent: a shared folder is given up: {why}");
+                    }
+                    return protocol::send(control, &FromMount::Unmounted(Ok(())));
+                }
+                Happened::Replayed => protocol::send(control, &FromMount::Replayed)?,
+                Happened::Spoken => match protocol::receive(control)? {
+                    None => return Ok(()),
+                    Some(ToMount::Replay(changes)) => self.replayer.replay(changes),
+                    Some(ToMount::Unmount { force: true }) => self.take_away(),
+                    Some(ToMount::Unmount { force: false }) => {
+                        if let Err(why) = self.unmount() {
+                            protocol::send(control, &FromMount::Unmounted(Err(why)))?;
+                        }
+                    }
+                },
+            }
+        }
+    }
+
+    /// Waits for whatever comes first.
+    fn wait(&self, control: &Connection) -> io::Result<Happened> {
+        loop {
+            let mut fds = [
+                PollFd::new(&*self.carrying.ending, PollFlags::IN),
+                PollFd::new(&self.replayer, PollFlags::IN),
+                PollFd::new(control, PollFlags::IN),
+            ];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+            let [ended, replayed, spoken] = fds.map(|fd| !fd.revents().is_empty());
+            if ended {
+                return Ok(Happened::Ended);
+            }
+            if replayed && self.replayer.take_replayed() {
+                return Ok(Happened::Replayed);
+            }
+            if spoken {
+                return Ok(Happened::Spoken);
+            }
+        }
+    }
+
+    /// Unmounts what nobody uses. Fails with a sentence; where it succeeds the mount's end follows.
+    fn unmount(&self) -> Result<(), String> {
+        self.replayer.wait_until_idle();
+        self.attached
+            .unmount(UnmountFlags::empty())
+            .map_err(|refusal| match refusal {
+                Refusal::Busy => "it is in use".to_owned(),
+                Refusal::Elsewhere => {
+                    "something else is mounted over it, or it was moved".to_owned()
+                }
+                Refusal::Other(errno) => format!("it cannot be unmounted: {errno}"),
+            })?;
+        let ended = &mut [PollFd::new(&*self.carrying.ending, PollFlags::IN)];
+        match poll(ended, Some(&UNMOUNTED)) {
+            Ok(0) => Err(
+                "it is not at its place any more, but still mounted elsewhere, in a container for example"
+                    .to_owned(),
+            ),
+            // An interrupted wait only means that the end is waited for elsewhere.
+            _ => Ok(()),
+        }
+    }
+
+    /// Ends the mount whoever uses it.
+    fn take_away(&self) {
+        self.carrying.ending.abort();
+        // A mount that is not at its place is of no use from now on either.
+        let _ = self.attached.unmount(UnmountFlags::DETACH);
+    }
+
+    /// Ends the mount, in whatever state it is, and frees everything.
+    fn end(self) {
+        self.take_away();
+        self.carrying.end();
+        self.replayer.end();
+    }
+}
+
+/// What a mount's thread is to deal with.
+enum Happened {
+    /// The mount has ended.
+    Ended,
+    /// The host's changes were done again.
+    Replayed,
+    /// The host has something to say.
+    Spoken,
+}
+
+impl Carrying {
+    /// Collects the mount's streams and starts the threads that serve `filesystem` with them; fails with a sentence.
+    fn start(
+        machine: &Machine,
+        request: &Mount,
+        device: Arc<OwnedFd>,
+        filesystem: &Filesystem,
+    ) -> Result<Self, String> {
+        let queues = (0..request.queues).map(|queue| MountStream::Requests { queue });
+        let kinds: Vec<_> = queues.chain([MountStream::Notifications]).collect();
+        let collected = machine.mounts.collect(request.mount, &kinds, PATIENCE);
+        let streams = collected.map_err(|missing| {
+            let patience = PATIENCE.as_secs();
+            let missing = missing.len();
+            format!(
+                "the host did not open {missing} of the folder's connections within {patience} seconds"
+            )
+        })?;
+        let ending = Ending::new(filesystem.abort_file()?).map(Arc::new);
+        let mut carrying = Self {
+            ending: ending.map_err(|error| format!("no event can be made: {error}"))?,
+            streams: streams.values().cloned().collect(),
+            replies: Arc::new(Replies::new(request.queues)),
+            pumps: Vec::new(),
+        };
+        for (kind, stream) in streams {
+            if let Err(error) = carrying.start_pumps(kind, stream, &device) {
+                carrying.end();
+                return Err(format!(
+                    "no thread can be started for the shared folder: {error}"
+                ));
+            }
+        }
+        Ok(carrying)
+    }
+
+    fn start_pumps(
+        &mut self,
+        kind: MountStream,
+        stream: Arc<Connection>,
+        device: &Arc<OwnedFd>,
+    ) -> io::Result<()> {
+        let ending = || Arc::clone(&self.ending);
+        let given = Arc::clone(&self.replies);
+        let MountStream::Requests { queue } = kind else {
+            let pump = pump::start_notifications(stream, Arc::clone(device), given, ending())?;
+            self.pumps.push(pump);
+            return Ok(());
+        };
+        let own = match queue {
+            0 => Arc::clone(device),
+            _ => Arc::new(device::clone(device)?),
+        };
+        let counted = move || given.count(queue);
+        let replies =
+            pump::start_replies(Arc::clone(&stream), Arc::clone(&own), counted, ending())?;
+        let requests = pump::start_requests(own, stream, ending());
+        self.pumps.push(replies);
+        self.pumps.push(requests?);
+        Ok(())
+    }
+
+    /// Has the kernel give up the filesystem, wakes the pumps, and waits for them.
+    fn end(self) {
+        self.ending.abort();
+        self.replies.end();
+        for stream in &self.streams {
+            stream.hang_up();
+        }
+        for pump in self.pumps {
+            // A pump that panicked has taken the agent down with it (panic = "abort").
+            let _ = pump.join();
+        }
+    }
+}

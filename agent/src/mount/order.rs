@@ -1,0 +1,146 @@
+//! Notifications that have to come after replies.
+//!
+//! They travel on different connections, so the host says between notifications how many replies the kernel
+//! has to have been given of each queue before it is told more.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
+
+use agent::protocol::AFTER_REPLIES;
+
+/// `fuse_out_header`: u32 length, i32 error, u64 unique.
+const HEADER: usize = 16;
+
+/// How many replies the kernel has been given.
+#[derive(Debug)]
+pub struct Replies {
+    /// Of each queue.
+    given: Box<[AtomicU64]>,
+    /// Whether somebody waits for more: nobody is woken else.
+    awaited: AtomicBool,
+    /// Whether there will be no more.
+    ended: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Replies {
+    /// For so many queues, none of which has had a reply.
+    pub fn new(queues: u32) -> Self {
+        Self {
+            given: (0..queues).map(|_| AtomicU64::new(0)).collect(),
+            awaited: AtomicBool::new(false),
+            ended: Mutex::new(false),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// One more was given of this queue.
+    pub fn count(&self, queue: u32) {
+        let index = usize::try_from(queue).unwrap_or(usize::MAX);
+        if let Some(given) = self.given.get(index) {
+            // Either this sees who waits, or who waits sees this: both are sequentially consistent.
+            given.fetch_add(1, Ordering::SeqCst);
+        }
+        if self.awaited.load(Ordering::SeqCst) {
+            drop(self.lock());
+            self.changed.notify_all();
+        }
+    }
+
+    /// Waits until there were so many of each queue; false where there will be no more. One waits at a time.
+    pub fn wait(&self, counts: impl Iterator<Item = u64> + Clone) -> bool {
+        let enough = || {
+            let mut both = self.given.iter().zip(counts.clone());
+            both.all(|(given, needed)| given.load(Ordering::SeqCst) >= needed)
+        };
+        if enough() {
+            return true;
+        }
+        let mut ended = self.lock();
+        self.awaited.store(true, Ordering::SeqCst);
+        while !*ended && !enough() {
+            ended = self
+                .changed
+                .wait(ended)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        self.awaited.store(false, Ordering::SeqCst);
+        !*ended
+    }
+
+    /// There will be no more.
+    pub fn end(&self) {
+        *self.lock() = true;
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, bool> {
+        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What has to be waited for, where `message` says so and is nothing for the kernel.
+pub fn counts(message: &[u8]) -> Option<impl Iterator<Item = u64> + Clone> {
+    let (header, rest) = message.split_at_checked(HEADER)?;
+    let (error, unique) = header.get(4..)?.split_first_chunk::<4>()?;
+    if i32::from_le_bytes(*error) != AFTER_REPLIES || unique != [0; 8] {
+        return None;
+    }
+    let (numbers, _) = rest.as_chunks::<8>();
+    Some(numbers.iter().map(|number| u64::from_le_bytes(*number)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    fn message(counts: &[u64]) -> Vec<u8> {
+        let length = u32::try_from(HEADER + 8 * counts.len()).unwrap();
+        let mut message = length.to_le_bytes().to_vec();
+        message.extend(AFTER_REPLIES.to_le_bytes());
+        message.extend([0; 8]);
+        message.extend(counts.iter().flat_map(|count| count.to_le_bytes()));
+        message
+    }
+
+    #[test]
+    fn what_is_for_the_agent_is_told_from_what_is_for_the_kernel() {
+        let counted: Vec<u64> = counts(&message(&[3, 1 << 40])).unwrap().collect();
+        assert_eq!(counted, [3, 1 << 40]);
+        let mut other = message(&[1]);
+        other[4] = 2;
+        assert!(counts(&other).is_none());
+        let mut reply = message(&[1]);
+        reply[8] = 1;
+        assert!(counts(&reply).is_none());
+        assert!(counts(&[0; 15]).is_none());
+    }
+
+    #[test]
+    fn whoever_waits_goes_on_with_the_last_reply_that_is_needed() {
+        let replies = Replies::new(2);
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| replies.wait([1000, 500].into_iter()));
+            for number in 0..1000 {
+                replies.count(0);
+                if number % 2 == 0 {
+                    replies.count(1);
+                }
+            }
+            assert!(waiting.join().unwrap());
+        });
+        assert!(replies.wait([1000, 500].into_iter()));
+    }
+
+    #[test]
+    fn the_end_leaves_nobody_waiting() {
+        let replies = Replies::new(1);
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| replies.wait([1].into_iter()));
+            replies.end();
+            assert!(!waiting.join().unwrap());
+        });
+    }
+}

@@ -1,0 +1,203 @@
+//! Carrying FUSE messages between the kernel and the host, one thread a direction of each queue.
+//!
+//! A message is two system calls on its way: it is read whole and written whole, with nothing looked at
+//! but its length, and nothing allocated. Both threads of a queue block in the kernel, where exactly one
+//! of those that wait for requests is woken for each.
+
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use rustix::io::Errno;
+
+use super::ending::{Ending, Why};
+use super::order::{self, Replies};
+use crate::connection::Connection;
+
+/// The longest message: 1 MiB of a file's data, headers, and two names; the server on the host asks for no more.
+const MAX_MESSAGE: usize = (1 << 20) + (8 << 10);
+
+/// `fuse_out_header`: its length, an error, and which request it answers.
+const HEADER: usize = 16;
+
+/// Messages up to this length are read together, as many as are there.
+const BATCH: usize = 64 << 10;
+
+/// Pumps call little and keep their buffers on the heap.
+const STACK: usize = 64 << 10;
+
+/// Starts the thread that carries the kernel's requests to the host.
+pub fn start_requests(
+    from: Arc<OwnedFd>,
+    to: Arc<Connection>,
+    ending: Arc<Ending>,
+) -> io::Result<JoinHandle<()>> {
+    start("fuse-requests", move || {
+        ending.announce(carry_requests(&from, &to));
+    })
+}
+
+/// Starts the thread that carries the host's replies to the kernel, and calls `given` after each.
+pub fn start_replies(
+    from: Arc<Connection>,
+    to: Arc<OwnedFd>,
+    given: impl Fn() + Send + 'static,
+    ending: Arc<Ending>,
+) -> io::Result<JoinHandle<()>> {
+    start("fuse-replies", move || {
+        let mut tell = |message: &[u8]| match rustix::io::write(&*to, message) {
+            // The request was interrupted, and nobody waits for its reply any more.
+            Ok(_) | Err(Errno::NOENT) => {
+                given();
+                Ok(())
+            }
+            Err(errno) => Err(Why::Failed(format!(
+                "the kernel refuses a reply of the host: {errno}"
+            ))),
+        };
+        let Err(why) = carry_to_kernel(&from, &mut tell);
+        ending.announce(why);
+    })
+}
+
+/// Starts the thread that carries the host's notifications to the kernel, which may refuse them: they are of
+/// things that it does not know, or is about to forget.
+pub fn start_notifications(
+    from: Arc<Connection>,
+    to: Arc<OwnedFd>,
+    replies: Arc<Replies>,
+    ending: Arc<Ending>,
+) -> io::Result<JoinHandle<()>> {
+    start("fuse-notices", move || {
+        let mut tell = |message: &[u8]| match order::counts(message) {
+            Some(counts) => match replies.wait(counts) {
+                true => Ok(()),
+                false => Err(Why::Unmounted),
+            },
+            None => notify(&to, message),
+        };
+        let Err(why) = carry_to_kernel(&from, &mut tell);
+        ending.announce(why);
+    })
+}
+
+fn notify(to: &OwnedFd, message: &[u8]) -> Result<(), Why> {
+    match rustix::io::write(to, message) {
+        Ok(_) | Err(Errno::NOENT | Errno::NOTDIR | Errno::NOTEMPTY | Errno::BUSY | Errno::PERM) => {
+            Ok(())
+        }
+        // What the guest should have forgotten it would now believe for good.
+        Err(errno) => Err(Why::Failed(format!(
+            "the kernel cannot be told of a change on the host: {errno}"
+        ))),
+    }
+}
+
+fn start(name: &str, pump: impl FnOnce() + Send + 'static) -> io::Result<JoinHandle<()>> {
+    thread::Builder::new()
+        .name(name.to_owned())
+        .stack_size(STACK)
+        .spawn(pump)
+}
+
+/// Returns why there are no more.
+fn carry_requests(from: &OwnedFd, to: &Connection) -> Why {
+    let mut buffer = vec![0u8; MAX_MESSAGE];
+    loop {
+        let length = match rustix::io::read(from, &mut *buffer) {
+            Ok(length) => length,
+            // The request was interrupted before it was read.
+            Err(Errno::NOENT | Errno::INTR | Errno::AGAIN) => continue,
+            Err(Errno::NODEV | Errno::CONNABORTED) => return Why::Unmounted,
+            Err(errno) => return Why::Failed(format!("{errno} from the kernel's FUSE")),
+        };
+        let request = buffer.get(..length).unwrap_or_default();
+        if let Err(error) = (&mut &*to).write_all(request) {
+            return Why::Failed(format!("the host takes no requests any more: {error}"));
+        }
+    }
+}
+
+/// Reads messages and gives them to `tell` one by one; returns why there are no more.
+fn carry_to_kernel(
+    from: &Connection,
+    tell: &mut dyn FnMut(&[u8]) -> Result<(), Why>,
+) -> Result<std::convert::Infallible, Why> {
+    let mut inbox = Inbox::new();
+    loop {
+        while let Some(message) = inbox.next()? {
+            tell(message)?;
+        }
+        inbox.fill(from)?;
+    }
+}
+
+/// What has been read and not been passed on yet, from `start` to `end` of the buffer.
+struct Inbox {
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl Inbox {
+    fn new() -> Self {
+        Self {
+            buffer: vec![0; MAX_MESSAGE].into_boxed_slice(),
+            start: 0,
+            end: 0,
+        }
+    }
+
+    /// The length that the next message announces, once its header is there.
+    fn announced(&self) -> Result<Option<usize>, Why> {
+        let here = self.buffer.get(self.start..self.end).unwrap_or_default();
+        let Some(&length) = here.first_chunk() else {
+            return Ok(None);
+        };
+        let length = usize::try_from(u32::from_le_bytes(length)).unwrap_or(usize::MAX);
+        match length {
+            HEADER..=MAX_MESSAGE => Ok(Some(length)),
+            _ => Err(Why::Failed(format!(
+                "the host announces a message of {length} bytes, where {HEADER} to {MAX_MESSAGE} are possible"
+            ))),
+        }
+    }
+
+    /// The next message, where all of it is there.
+    fn next(&mut self) -> Result<Option<&[u8]>, Why> {
+        let Some(length) = self.announced()? else {
+            return Ok(None);
+        };
+        let message = self.start..self.start + length;
+        if message.end > self.end {
+            return Ok(None);
+        }
+        self.start = message.end;
+        Ok(self.buffer.get(message))
+    }
+
+    /// Reads more. Of a long message nothing behind it is read, so that it need not be moved, and the next
+    /// begins at the front.
+    fn fill(&mut self, from: &Connection) -> Result<(), Why> {
+        let here = self.end - self.start;
+        let limit = match self.announced()? {
+            Some(length) if length > BATCH => length,
+            _ => BATCH,
+        };
+        if self.start > 0 {
+            self.buffer.copy_within(self.start..self.end, 0);
+            (self.start, self.end) = (0, here);
+        }
+        let room = self.buffer.get_mut(here..limit).unwrap_or_default();
+        match rustix::io::read(from, room) {
+            Ok(0) => Err(Why::Failed("the host has closed it".to_owned())),
+            Ok(length) => {
+                self.end += length;
+                Ok(())
+            }
+            Err(Errno::INTR) => Ok(()),
+            Err(errno) => Err(Why::Failed(format!("the host does not answer: {errno}"))),
+        }
+    }
+}

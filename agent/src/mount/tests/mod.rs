@@ -1,0 +1,223 @@
+//! Folders mounted by this machine's own kernel, and served by the host's server over Unix sockets.
+//!
+//! They need root and FUSE, and say where they are skipped.
+
+mod mounting;
+
+use std::io::{self, IoSlice, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use agent::protocol::{self, FromMount, Mount, MountPoint, MountStream, Open, ToMount};
+use rustix::mount::UnmountFlags;
+use share::{Channel, Options, Share};
+
+use crate::tests::connect;
+
+/// Connections of requests.
+const QUEUES: u32 = 3;
+
+/// Messages follow each other on a stream.
+struct Queue {
+    from: Mutex<UnixStream>,
+    to: Mutex<UnixStream>,
+}
+
+impl Queue {
+    fn new(stream: &UnixStream) -> Self {
+        Self {
+            from: Mutex::new(stream.try_clone().unwrap()),
+            to: Mutex::new(stream.try_clone().unwrap()),
+        }
+    }
+}
+
+impl Channel for Queue {
+    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut from = self.from.lock().unwrap();
+        match from.read_exact(&mut buffer[..4]) {
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(0),
+            read => read?,
+        }
+        let length = u32::from_le_bytes(buffer[..4].try_into().unwrap()) as usize;
+        from.read_exact(&mut buffer[4..length])?;
+        Ok(length)
+    }
+
+    fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        let parts: Vec<&[u8]> = parts.iter().map(|part| &**part).collect();
+        self.to.lock().unwrap().write_all(&parts.concat())
+    }
+}
+
+/// What a host asks for.
+pub struct Asked {
+    pub at: PathBuf,
+    pub read_only: bool,
+    pub queues: u32,
+    pub mode: u32,
+}
+
+impl Asked {
+    pub fn at(at: impl Into<PathBuf>) -> Self {
+        Self {
+            at: at.into(),
+            read_only: false,
+            queues: QUEUES,
+            mode: 0o040_755,
+        }
+    }
+}
+
+/// The host's side of a mount, which ends with this.
+pub struct Folder {
+    pub control: UnixStream,
+    pub share: Arc<Share>,
+    pub streams: Vec<UnixStream>,
+}
+
+/// The host's side of a mount that is not mounted yet.
+pub fn ask(asked: &Asked) -> (u64, UnixStream) {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let mount = NEXT.fetch_add(1, Ordering::Relaxed);
+    let control = connect(&Open::Mount(Mount {
+        mount,
+        at: MountPoint::Path(asked.at.as_os_str().as_bytes().to_vec()),
+        source: b"/a/directory of the host".to_vec(),
+        mode: asked.mode,
+        read_only: asked.read_only,
+        queues: asked.queues,
+    }));
+    (mount, control)
+}
+
+pub fn receive(control: &UnixStream) -> FromMount {
+    let message = protocol::receive(control).expect("the control connection broke");
+    message.expect("the control connection ended early")
+}
+
+impl Folder {
+    /// Shares `source`; nothing where this machine does not let us mount.
+    pub fn mount(source: &Path, asked: &Asked, options: Options) -> Option<Self> {
+        match Self::try_mount(source, asked, options) {
+            Ok(folder) => Some(folder),
+            Err(why) if why.contains("may not") || why.contains("no FUSE") => {
+                eprintln!("skipped: {why}");
+                None
+            }
+            Err(why) => panic!("{why}"),
+        }
+    }
+
+    pub fn try_mount(source: &Path, asked: &Asked, options: Options) -> Result<Self, String> {
+        let share = Arc::new(Share::open(source, options).unwrap());
+        let (mount, control) = ask(asked);
+        let mut streams = Vec::new();
+        for queue in 0..asked.queues {
+            let kind = MountStream::Requests { queue };
+            let stream = connect(&Open::MountStream { mount, kind });
+            stream.set_read_timeout(None).unwrap();
+            let (queue, served) = (Queue::new(&stream), share.clone());
+            thread::spawn(move || {
+                // A queue may break off in the middle of a message when the test ends it.
+                let _ = share::serve(&served, &queue);
+            });
+            streams.push(stream);
+        }
+        let kind = MountStream::Notifications;
+        let stream = connect(&Open::MountStream { mount, kind });
+        let (notices, watched) = (Queue::new(&stream), share.clone());
+        thread::spawn(move || {
+            let _ = share::watch(&watched, &notices, &mut |_| {});
+        });
+        streams.push(stream);
+        match receive(&control) {
+            FromMount::Mounted(Ok(_)) => Ok(Self {
+                control,
+                share,
+                streams,
+            }),
+            FromMount::Mounted(Err(why)) => Err(why),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    pub fn say(&self, message: &ToMount) {
+        protocol::send(&self.control, message).unwrap();
+    }
+
+    /// Asks for the mount's end, and hears of it.
+    pub fn unmount(&self, force: bool) -> Result<(), String> {
+        self.say(&ToMount::Unmount { force });
+        match receive(&self.control) {
+            FromMount::Unmounted(outcome) => outcome,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The agent closes the control connection.
+    pub fn assert_over(&self) {
+        assert_eq!(protocol::receive::<FromMount>(&self.control).unwrap(), None);
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        self.share.stop();
+        let _ = self.control.shutdown(Shutdown::Both);
+        for stream in &self.streams {
+            let _ = stream.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+/// Whether something is mounted at a path.
+pub fn is_mounted(at: &Path) -> bool {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    let at = at.to_str().unwrap();
+    mounts
+        .lines()
+        .any(|line| line.split(' ').nth(1) == Some(at))
+}
+
+/// A directory to mount at, cleared of what a failed test leaves.
+pub struct Place(pub tempfile::TempDir);
+
+impl Place {
+    pub fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    pub fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut below: Vec<PathBuf> = Vec::new();
+        let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+        for line in mounts.lines() {
+            let at = Path::new(line.split(' ').nth(1).unwrap_or_default());
+            if at.starts_with(self.path()) {
+                below.push(at.to_owned());
+            }
+        }
+        for at in below.iter().rev() {
+            let _ = rustix::mount::unmount(at, UnmountFlags::DETACH);
+        }
+    }
+}
+
+/// Runs a shell's commands in a directory, as another process.
+pub fn shell(dir: &Path, commands: &str) {
+    let mut shell = Command::new("sh");
+    let status = shell.args(["-ec", commands]).current_dir(dir).status();
+    assert!(status.unwrap().success(), "{commands}");
+}
