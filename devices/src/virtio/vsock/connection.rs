@@ -59,6 +59,8 @@ pub(super) struct Connection {
     pub credit: Credit,
     /// When the guest must have answered what it was sent.
     pub deadline: Option<Instant>,
+    /// It is nobody's yet.
+    pub reserved: bool,
     backlog: Backlog,
     pending: Pending,
     /// `VIRTIO_VSOCK_SHUTDOWN_*` bits that the guest sent.
@@ -94,6 +96,7 @@ impl Connection {
             stream,
             credit: Credit::new(buf_alloc),
             deadline: None,
+            reserved: false,
             backlog: Backlog::default(),
             pending: Pending::default(),
             guest_shutdown: 0,
@@ -206,6 +209,22 @@ impl Connection {
     /// The guest wants to know our credit.
     pub fn credit_wanted(&mut self) {
         self.pending.credit_update = true;
+    }
+
+    // --- Connections that are made in advance ---
+
+    /// Whether it is nobody's, and the guest has done nothing but accept it.
+    pub fn is_untouched(&self) -> bool {
+        let ends = self.guest_shutdown | self.host_shutdown;
+        let open = matches!(self.state, State::Established) && ends == 0;
+        self.reserved && open && !self.credit.has_received() && !self.stream.hung_up
+    }
+
+    /// Gives it to `stream`, after what it was to send first; returns the stream that it had.
+    pub fn replace_stream(&mut self, mut stream: HostStream) -> HostStream {
+        self.reserved = false;
+        stream.take_prelude(&mut self.stream);
+        std::mem::replace(&mut self.stream, stream)
     }
 
     // --- What the host stream did ---

@@ -67,6 +67,11 @@ impl Credit {
         }
     }
 
+    /// Whether the guest has sent anything.
+    pub fn has_received(&self) -> bool {
+        self.rx_cnt != 0
+    }
+
     /// Counts bytes that left our buffer.
     pub fn forwarded(&mut self, bytes: u32) {
         self.fwd_cnt = self.fwd_cnt.wrapping_add(bytes);

@@ -11,6 +11,8 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::counters::Counters;
+use super::mux::table::Key;
+use super::reserve::Reserved;
 use super::stream::reset_on_close;
 
 /// The most bytes that can precede a stream's own ([`VsockHandle::join`]).
@@ -83,6 +85,8 @@ pub(super) enum Join {
     Plain,
     /// A reset is passed on, both ways; these bytes go to the guest first.
     Abortive(Vec<u8>),
+    /// The same, of a connection that gets its real stream later.
+    Reserved(Vec<u8>),
 }
 
 /// What a handle asks of the device's thread.
@@ -91,6 +95,12 @@ pub(super) enum Command {
         port: u32,
         stream: OwnedFd,
         how: Join,
+        completion: Completion,
+    },
+    JoinReserved {
+        reserved: Reserved,
+        prelude: Vec<u8>,
+        stream: OwnedFd,
         completion: Completion,
     },
     Listen {
@@ -184,20 +194,63 @@ impl VsockHandle {
         let stream = stream.into();
         // From here on, so that it is reset wherever the request is lost.
         reset_on_close(&stream)?;
-        if prelude.len() > MAX_PRELUDE {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                format!(
-                    "{} bytes cannot precede a stream to the guest: at most {MAX_PRELUDE} can",
-                    prelude.len()
-                ),
-            ));
-        }
+        check_prelude(prelude.len())?;
         self.send(Command::Connect {
             port,
             stream,
             how: Join::Abortive(prelude),
             completion: Completion::new(Box::new(answer)),
+        })
+    }
+
+    /// Makes a connection to `port` of the guest that is to be used later, sends `prelude` (at most
+    /// [`MAX_PRELUDE`] bytes), and calls `answer` as [`VsockHandle::connect_with`] does.
+    ///
+    /// Fails with InvalidInput where `prelude` is too long, and with BrokenPipe where the device is gone.
+    pub fn reserve(
+        &self,
+        port: u32,
+        prelude: Vec<u8>,
+        answer: impl FnOnce(Result<Reserved, ConnectError>) + Send + 'static,
+    ) -> io::Result<()> {
+        check_prelude(prelude.len())?;
+        let (near, far) = UnixStream::pair()?;
+        let sent = prelude.clone();
+        let reserved = move |host_port| Reserved {
+            key: Key {
+                host_port,
+                guest_port: port,
+            },
+            prelude: sent,
+            near,
+        };
+        self.send(Command::Connect {
+            port,
+            stream: far.into(),
+            how: Join::Reserved(prelude),
+            completion: Completion::new(Box::new(move |host_port| answer(host_port.map(reserved)))),
+        })
+    }
+
+    /// Makes `stream` and a reserved connection one, as [`VsockHandle::join`] does with a new one, after
+    /// `prelude`. Where the guest has closed it, or has sent anything, a new one to the same port takes its
+    /// place, and is sent what the reserved one was before.
+    ///
+    /// Fails as [`VsockHandle::join`]; both preludes together must not be too long.
+    pub fn join_reserved(
+        &self,
+        reserved: Reserved,
+        prelude: Vec<u8>,
+        stream: impl Into<OwnedFd>,
+    ) -> io::Result<()> {
+        let stream = stream.into();
+        reset_on_close(&stream)?;
+        check_prelude(reserved.prelude.len() + prelude.len())?;
+        self.send(Command::JoinReserved {
+            reserved,
+            prelude,
+            stream,
+            completion: Completion::new(Box::new(|_| ())),
         })
     }
 
@@ -238,5 +291,15 @@ impl VsockHandle {
         // Fails only on an overflowing counter: then the device has been told already.
         let _ = self.wake.write(1);
         Ok(())
+    }
+}
+
+fn check_prelude(len: usize) -> io::Result<()> {
+    match len {
+        0..=MAX_PRELUDE => Ok(()),
+        _ => Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("{len} bytes cannot precede a stream to the guest: at most {MAX_PRELUDE} can"),
+        )),
     }
 }

@@ -15,6 +15,7 @@ mod handle;
 mod linger;
 mod mux;
 mod packet;
+mod reserve;
 mod stream;
 pub mod uds;
 mod worker;
@@ -31,6 +32,7 @@ use crate::worker::Worker;
 pub use self::counters::Counters;
 pub use self::handle::{Answer, ConnectError, Fallback, MAX_PRELUDE, Service, VsockHandle};
 pub use self::mux::{Mux, VsockQueue};
+pub use self::reserve::Reserved;
 
 /// The host's context id (`VMADDR_CID_HOST`).
 pub const HOST_CID: u64 = 2;

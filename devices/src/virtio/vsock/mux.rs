@@ -11,6 +11,7 @@
 //! left in its own ring until it takes the resets.
 
 mod from_guest;
+mod reserved;
 pub(super) mod table;
 mod to_guest;
 
@@ -244,6 +245,12 @@ impl Mux {
                 how,
                 completion,
             } => self.connect(port, stream, how, completion),
+            Command::JoinReserved {
+                reserved,
+                prelude,
+                stream,
+                completion,
+            } => self.join_reserved(reserved, prelude, stream, completion),
             Command::Listen { port, service } => {
                 self.services.insert(port, service);
             }
@@ -255,9 +262,12 @@ impl Mux {
     }
 
     fn connect(&mut self, guest_port: u32, stream: OwnedFd, how: Join, completion: Completion) {
+        let reserved = matches!(how, Join::Reserved(_));
         let stream = match how {
             Join::Plain => HostStream::new(stream),
-            Join::Abortive(prelude) => HostStream::abortive(stream, prelude),
+            Join::Abortive(prelude) | Join::Reserved(prelude) => {
+                HostStream::abortive(stream, prelude)
+            }
         };
         let stream = match stream {
             Ok(stream) => stream,
@@ -270,7 +280,9 @@ impl Mux {
             return completion.complete(Err(ConnectError::TooMany));
         };
         let buf_alloc = self.buf_alloc();
-        self.add(Connection::outgoing(key, stream, buf_alloc, completion));
+        let mut connection = Connection::outgoing(key, stream, buf_alloc, completion);
+        connection.reserved = reserved;
+        self.add(connection);
     }
 
     /// A port of the host for a connection to `guest_port`; None where the table is full.

@@ -108,6 +108,18 @@ impl HostStream {
         Ok(stream)
     }
 
+    /// Has what another stream was to give first, and did not yet, come before its own.
+    pub fn take_prelude(&mut self, from: &mut Self) {
+        let rest = std::mem::take(&mut from.prelude);
+        if !rest.rest().is_empty() {
+            let bytes = [rest.rest(), self.prelude.rest()].concat();
+            self.prelude = Prelude {
+                bytes: bytes.into_boxed_slice(),
+                read: 0,
+            };
+        }
+    }
+
     /// Whether closing the stream now is a reset for its far end.
     pub fn resets(&self) -> bool {
         self.resets

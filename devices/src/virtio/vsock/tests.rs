@@ -16,6 +16,7 @@ mod flow;
 mod hostile;
 mod join;
 mod lifecycle;
+mod reserve;
 mod scale;
 mod uds;
 

@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use super::*;
 
 /// A TCP connection on the loopback: the client, and what its listener accepted.
-fn tcp_pair() -> (TcpStream, TcpStream) {
+pub fn tcp_pair() -> (TcpStream, TcpStream) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     client.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -21,12 +21,12 @@ fn unix_pair() -> (UnixStream, UnixStream) {
 }
 
 /// Makes the close of `stream` a reset.
-fn reset(stream: TcpStream) {
+pub fn reset(stream: TcpStream) {
     let linger = Some(Duration::ZERO);
     rustix::net::sockopt::set_socket_linger(&stream, linger).unwrap();
 }
 
-fn assert_reset(mut stream: impl Read) {
+pub fn assert_reset(mut stream: impl Read) {
     let mut rest = Vec::new();
     let error = stream.read_to_end(&mut rest).expect_err("a reset");
     assert_eq!(error.kind(), ErrorKind::ConnectionReset);
