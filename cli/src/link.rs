@@ -15,6 +15,7 @@ use devices::virtio::vsock::VsockHandle;
 use crate::accel::join::Joiner;
 use crate::control::client::Client;
 use crate::instance::Relay;
+use crate::spares::Spares;
 use crate::store::{Name, Store};
 
 /// The longest answer to a CONNECT line.
@@ -64,6 +65,43 @@ impl Link {
     }
 }
 
+/// A way to a guest's agent for many connections: some are made before they are wanted.
+#[derive(Debug)]
+pub struct AgentLink {
+    link: Link,
+    /// Those of a machine in this process; of others, whoever owns their vsock device has them.
+    spares: Option<Spares>,
+}
+
+impl AgentLink {
+    /// The agent of the guest behind `link`.
+    pub fn new(link: Link) -> io::Result<Self> {
+        let spares = match &link {
+            Link::Machine(vsock) => {
+                let mut head = Vec::new();
+                protocol::send(&mut head, &Open::Later)?;
+                Some(Spares::new(vsock.clone(), AGENT_PORT, head))
+            }
+            _ => None,
+        };
+        Ok(Self { link, spares })
+    }
+
+    /// Opens a stream to the agent.
+    pub fn connect(&self) -> io::Result<UnixStream> {
+        self.link.connect(AGENT_PORT)
+    }
+
+    /// As [`Link::join`] to the agent.
+    pub fn join(&self, prelude: Vec<u8>, stream: OwnedFd) -> io::Result<()> {
+        match (&self.spares, &self.link) {
+            (Some(spares), _) => spares.join(prelude, stream),
+            (None, Link::Relayed(relayed)) => relayed.join_agent(&prelude, stream),
+            (None, link) => link.join(AGENT_PORT, prelude, stream),
+        }
+    }
+}
+
 /// Asks the guest behind `link` to power off, with so long for its processes to end by themselves. The
 /// connection has to stay open until the machine has ended.
 pub fn ask_to_power_off(link: &Link, grace: Duration) -> io::Result<UnixStream> {
@@ -105,14 +143,22 @@ impl Relayed {
     pub fn join_with_line(&self, port: u32, stream: OwnedFd) -> io::Result<()> {
         let mut bytes = Vec::new();
         protocol::send(&mut bytes, &Relay::DialWithLine(port))?;
-        self.joiner.join(self.port, &bytes, stream)
+        self.joiner.join(self.port, &[], &bytes, stream)
+    }
+
+    /// As [`Link::join`] to the agent, by a connection that was made in advance where there is one.
+    fn join_agent(&self, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
+        let mut head = Vec::new();
+        protocol::send(&mut head, &Relay::Dial(AGENT_PORT))?;
+        protocol::send(&mut head, &Open::Later)?;
+        self.joiner.join(self.port, &head, prelude, stream)
     }
 
     fn join(&self, port: u32, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
         let mut bytes = Vec::new();
         protocol::send(&mut bytes, &Relay::Dial(port))?;
         bytes.extend_from_slice(prelude);
-        self.joiner.join(self.port, &bytes, stream)
+        self.joiner.join(self.port, &[], &bytes, stream)
     }
 }
 

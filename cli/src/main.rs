@@ -24,6 +24,7 @@ mod progress;
 mod record;
 mod resolve;
 mod session;
+mod spares;
 mod store;
 mod supervise;
 mod survey;

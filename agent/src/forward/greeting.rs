@@ -18,8 +18,8 @@ pub struct Greeting {
     connection: OwnedFd,
     /// The message so far, with its length in front.
     frame: Vec<u8>,
-    /// When it must have been complete.
-    pub deadline: Instant,
+    /// When it must have been complete, if ever.
+    pub deadline: Option<Instant>,
 }
 
 /// What reading has led to.
@@ -35,7 +35,7 @@ pub enum Heard {
 
 impl Greeting {
     /// For a connected, non-blocking socket.
-    pub fn new(connection: OwnedFd, deadline: Instant) -> Self {
+    pub fn new(connection: OwnedFd, deadline: Option<Instant>) -> Self {
         Self {
             connection,
             frame: Vec::new(),

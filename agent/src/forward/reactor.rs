@@ -274,7 +274,7 @@ impl Reactor {
         }
         let deadline = Instant::now() + GREETING_TIMEOUT;
         self.poller.look_at(index, deadline);
-        let greeting = Greeting::new(connection, deadline);
+        let greeting = Greeting::new(connection, Some(deadline));
         self.states.put(index, State::Greeting(greeting));
     }
 
@@ -294,6 +294,10 @@ impl Reactor {
             }
         };
         match open {
+            Open::Later => {
+                self.states.enqueue(index);
+                Some(State::Greeting(Greeting::new(connection, None)))
+            }
             Open::Dial(target) => self.join(index, connection, target),
             Open::Attach { token } => {
                 self.attach(connection, token);
@@ -360,7 +364,7 @@ impl State {
     fn deadline(&self) -> Option<Instant> {
         match self {
             Self::Door(_, paused) => *paused,
-            Self::Greeting(greeting) => Some(greeting.deadline),
+            Self::Greeting(greeting) => greeting.deadline,
             Self::Resolving(resolving) => Some(resolving.deadline),
             Self::Dialing(dial) => Some(dial.deadline),
             Self::Held(held) => Some(held.deadline),

@@ -1,9 +1,10 @@
 //! Handing sockets to the supervisor of an outer Linux, which joins them to the guest's vsock ports:
 //! their bytes then pass through no other process of the host.
 //!
-//! A message of this `SOCK_SEQPACKET` socket is a vsock port (u32, little endian), what the guest is
-//! to be sent first, and one stream socket (`SCM_RIGHTS`). Nothing is answered: where the guest refuses,
-//! the socket is reset.
+//! A message of this `SOCK_SEQPACKET` socket is a vsock port and a length (u32 each, little endian), what
+//! the guest is to be sent first, and one stream socket (`SCM_RIGHTS`). So many of the first bytes as the
+//! length says are the same for many connections: some are made, and sent these, in advance. Nothing is
+//! answered: where the guest refuses, the socket is reset.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -20,11 +21,13 @@ use rustix::net::{
     SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
 };
 
-/// Bytes of the port before what is sent first.
-const PORT: usize = 4;
+use crate::spares::Spares;
+
+/// Bytes of each of the two numbers before what is sent first.
+const NUMBER: usize = 4;
 
 /// The longest message.
-const MAX_MESSAGE: usize = PORT + MAX_PRELUDE;
+const MAX_MESSAGE: usize = 2 * NUMBER + MAX_PRELUDE;
 
 /// Clients that wait to be accepted.
 const BACKLOG: i32 = 64;
@@ -46,12 +49,13 @@ impl Joiner {
         Ok(Self(socket))
     }
 
-    /// Joins `stream` to a connection to vsock port `port` of the outer Linux, which is sent `prelude`
-    /// first.
-    pub fn join(&self, port: u32, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
-        if prelude.len() > MAX_MESSAGE - PORT {
+    /// Joins `stream` to a connection to vsock port `port` of the outer Linux, which is sent `head` and
+    /// then `prelude`. Connections that are sent `head` are made in advance from now on, unless it is empty.
+    pub fn join(&self, port: u32, head: &[u8], prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
+        if head.len() + prelude.len() > MAX_PRELUDE {
             return Err(io::ErrorKind::InvalidInput.into());
         }
+        let split = u32::try_from(head.len()).map_err(io::Error::other)?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         let streams = [stream.as_fd()];
@@ -59,8 +63,8 @@ impl Joiner {
         if !ancillary.push(SendAncillaryMessage::ScmRights(&streams)) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let port = port.to_le_bytes();
-        let message = [IoSlice::new(&port), IoSlice::new(prelude)];
+        let (port, split) = (port.to_le_bytes(), split.to_le_bytes());
+        let message = [&port, &split, head, prelude].map(IoSlice::new);
         loop {
             match net::sendmsg(&self.0, &message, &mut ancillary, SendFlags::NOSIGNAL) {
                 Ok(_) => return Ok(()),
@@ -108,10 +112,11 @@ pub fn serve(path: &Path, vsock: VsockHandle) -> Result<()> {
 
 fn serve_client(client: OwnedFd, vsock: VsockHandle) {
     let serve = move || {
+        let mut spares = None;
         loop {
             match receive(&client) {
-                Ok(Some((port, prelude, stream))) => {
-                    if let Err(error) = vsock.join(port, prelude, stream) {
+                Ok(Some(request)) => {
+                    if let Err(error) = join(&vsock, &mut spares, request) {
                         return tracing::debug!("no stream can be joined any more: {error}");
                     }
                 }
@@ -125,8 +130,39 @@ fn serve_client(client: OwnedFd, vsock: VsockHandle) {
     }
 }
 
+/// Does what a client asks for. `spares` are those of the latest head that it named: it has but one.
+fn join(vsock: &VsockHandle, spares: &mut Option<Spares>, request: Request) -> io::Result<()> {
+    let Request {
+        port,
+        head,
+        prelude,
+        stream,
+    } = request;
+    if head.is_empty() {
+        return vsock.join(port, prelude, stream);
+    }
+    if !spares
+        .as_ref()
+        .is_some_and(|spares| spares.are(port, &head))
+    {
+        *spares = Some(Spares::new(vsock.clone(), port, head));
+    }
+    match spares {
+        Some(spares) => spares.join(prelude, stream),
+        None => Ok(()),
+    }
+}
+
+/// A message.
+struct Request {
+    port: u32,
+    head: Vec<u8>,
+    prelude: Vec<u8>,
+    stream: OwnedFd,
+}
+
 /// The next message; None where the client has gone.
-fn receive(client: &OwnedFd) -> io::Result<Option<(u32, Vec<u8>, OwnedFd)>> {
+fn receive(client: &OwnedFd) -> io::Result<Option<Request>> {
     let mut bytes = vec![0; MAX_MESSAGE];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -153,9 +189,20 @@ fn receive(client: &OwnedFd) -> io::Result<Option<(u32, Vec<u8>, OwnedFd)>> {
         return Err(invalid("its message is too long"));
     }
     bytes.truncate(message.bytes);
-    let (port, prelude) = bytes
-        .split_first_chunk::<PORT>()
-        .ok_or_else(|| invalid("its message names no port"))?;
     let stream = stream.ok_or_else(|| invalid("its message brings no stream"))?;
-    Ok(Some((u32::from_le_bytes(*port), prelude.to_vec(), stream)))
+    let request = parse(&bytes, stream).ok_or_else(|| invalid("its message is incomplete"))?;
+    Ok(Some(request))
+}
+
+fn parse(bytes: &[u8], stream: OwnedFd) -> Option<Request> {
+    let (port, rest) = bytes.split_first_chunk::<NUMBER>()?;
+    let (split, rest) = rest.split_first_chunk::<NUMBER>()?;
+    let split = usize::try_from(u32::from_le_bytes(*split)).ok()?;
+    let (head, prelude) = rest.split_at_checked(split)?;
+    Some(Request {
+        port: u32::from_le_bytes(*port),
+        head: head.to_vec(),
+        prelude: prelude.to_vec(),
+        stream,
+    })
 }

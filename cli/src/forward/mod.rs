@@ -46,7 +46,7 @@ use std::sync::mpsc::{self, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use agent::protocol::{AGENT_PORT, MAX_FRAME, Open, Target, ToForwarder};
+use agent::protocol::{MAX_FRAME, Open, Target, ToForwarder};
 use rustix::event::{EventfdFlags, eventfd};
 use serde::{Deserialize, Serialize};
 
@@ -58,7 +58,7 @@ pub use self::error::ForwardError;
 use self::hub::Hub;
 use self::reverse::Wish;
 use self::spec::{Protocol, Publish, Reverse};
-use crate::link::Link;
+use crate::link::AgentLink;
 
 /// The way to the agent of one guest. Neither call may block for long.
 pub trait Guest: Send + Sync {
@@ -70,13 +70,13 @@ pub trait Guest: Send + Sync {
     fn join(&self, prelude: Vec<u8>, stream: OwnedFd) -> io::Result<()>;
 }
 
-impl Guest for Link {
+impl Guest for AgentLink {
     fn connect(&self) -> io::Result<UnixStream> {
-        Link::connect(self, AGENT_PORT)
+        Self::connect(self)
     }
 
     fn join(&self, prelude: Vec<u8>, stream: OwnedFd) -> io::Result<()> {
-        Link::join(self, AGENT_PORT, prelude, stream)
+        Self::join(self, prelude, stream)
     }
 }
 

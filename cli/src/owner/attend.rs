@@ -15,7 +15,7 @@ use crate::control::protocol::State;
 use crate::event::Event;
 use crate::foreground::{ignore_gone, refusal_code};
 use crate::instance::Ended;
-use crate::link::{self, Link};
+use crate::link::{self, AgentLink, Link};
 use crate::session::{Output, Session};
 use crate::terminal::{self, RawMode};
 use crate::timing::Timing;
@@ -148,9 +148,8 @@ impl Attendant {
 
     /// Runs the command, or waits for the end of a machine that has none.
     fn attend_guest(&mut self, link: &Link) -> Result<i32> {
-        self.machine
-            .forwarder
-            .attach(link.clone())
+        AgentLink::new(link.clone())
+            .and_then(|agent| self.machine.forwarder.attach(agent))
             .context("the guest's ports cannot be forwarded")?;
         declare::offer_ssh_agent(&self.machine);
         *self.machine.state() = State::Running;

@@ -11,8 +11,9 @@ use agent::protocol::{self, Open, Target};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit, setrlimit};
 
-use super::{PATIENCE, assert_reset, connect, connect_to, end_of, joined, start_in};
-use crate::forward::pair;
+use super::{self as tests, PATIENCE, assert_reset, connect, connect_to, end_of, joined, start_in};
+use crate::forward::reactor::State;
+use crate::forward::{Handle, pair};
 use crate::tree::Tree;
 
 fn read_all(mut from: impl Read + Send + 'static) -> JoinHandle<Vec<u8>> {
@@ -31,6 +32,31 @@ fn pattern(length: usize, seed: u32) -> Vec<u8> {
         (state >> 24) as u8
     };
     (0..length).map(|_| next()).collect()
+}
+
+#[test]
+fn a_connection_that_was_made_in_advance_waits_as_long_as_it_has_to() {
+    let (door, mut reactor) = tests::reactor(Handle::new().unwrap(), Tree::own().unwrap());
+    let host = connect_to(&door, &Open::Later);
+    let waits = |state: &State| matches!(state, State::Greeting(said) if said.deadline.is_none());
+    while reactor.states.count(waits) == 0 {
+        reactor.round().unwrap();
+    }
+    let service = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = service.local_addr().unwrap().port();
+    let serving = thread::spawn(move || {
+        let mut guest = service.accept().unwrap().0;
+        guest.read_exact(&mut [0; 4]).unwrap();
+        guest.write_all(b"response").unwrap();
+    });
+    protocol::send(&host, &Open::Dial(Target::Loopback(port))).unwrap();
+    (&host).write_all(b"some").unwrap();
+    host.shutdown(Shutdown::Write).unwrap();
+    while reactor.states.len() > 1 {
+        reactor.round().unwrap();
+    }
+    serving.join().unwrap();
+    assert_eq!(io::read_to_string(&host).unwrap(), "response");
 }
 
 #[test]

@@ -132,6 +132,7 @@ fn a_guest_that_speaks_or_ends_first_does_not_reach_the_client() {
                 }
                 VIRTIO_VSOCK_OP_RST | VIRTIO_VSOCK_OP_SHUTDOWN => {
                     assert_eq!(packet.header.src_port, port);
+                    guest.answer(&packet.header, VIRTIO_VSOCK_OP_RST);
                 }
                 op => assert_eq!(op, VIRTIO_VSOCK_OP_RW),
             }

@@ -1,0 +1,97 @@
+//! Connections to a port of a guest that are made before somebody comes, so that nobody waits for the
+//! guest to accept: that takes longer than all the rest of making a connection.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use devices::virtio::vsock::{Reserved, VsockHandle};
+
+/// Connections that are ready, at most: more than a browser opens at once.
+const MOST: usize = 16;
+
+/// So few are left when others are made, all at once: that costs less than one after the other, and
+/// most who come do not meet it.
+const FEW: usize = 8;
+
+/// A way to one port of a guest. Nothing is made in advance before the first connection was wanted.
+#[derive(Debug)]
+pub struct Spares {
+    vsock: VsockHandle,
+    port: u32,
+    /// What the guest is sent in advance.
+    head: Vec<u8>,
+    stock: Arc<Mutex<Stock>>,
+}
+
+#[derive(Debug, Default)]
+struct Stock {
+    ready: Vec<Reserved>,
+    /// Those that the guest was asked for.
+    coming: usize,
+}
+
+impl Spares {
+    /// Connections to `port`, which are sent `head` as soon as they are there.
+    pub fn new(vsock: VsockHandle, port: u32, head: Vec<u8>) -> Self {
+        Self {
+            vsock,
+            port,
+            head,
+            stock: Arc::default(),
+        }
+    }
+
+    /// Whether these are connections to `port` that begin with `head`.
+    pub fn are(&self, port: u32, head: &[u8]) -> bool {
+        self.port == port && self.head == head
+    }
+
+    /// Makes `stream` one with a connection that was sent `head` and is sent `prelude` next, as
+    /// [`VsockHandle::join`] does.
+    pub fn join(&self, prelude: Vec<u8>, stream: OwnedFd) -> io::Result<()> {
+        let spare = {
+            let mut stock = lock(&self.stock);
+            // The guest may have closed some.
+            stock.ready.retain(Reserved::is_open);
+            stock.ready.pop()
+        };
+        match spare {
+            Some(spare) => self.vsock.join_reserved(spare, prelude, stream)?,
+            None => {
+                let bytes = [self.head.as_slice(), &prelude].concat();
+                self.vsock.join(self.port, bytes, stream)?;
+            }
+        }
+        self.restock()
+    }
+
+    /// Has more made where there are few.
+    fn restock(&self) -> io::Result<()> {
+        let missing = {
+            let mut stock = lock(&self.stock);
+            let there = stock.ready.len() + stock.coming;
+            if there > FEW {
+                return Ok(());
+            }
+            let missing = MOST.saturating_sub(there);
+            stock.coming += missing;
+            missing
+        };
+        for _ in 0..missing {
+            let stock = Arc::clone(&self.stock);
+            let made = move |made| {
+                let mut stock = lock(&stock);
+                stock.coming = stock.coming.saturating_sub(1);
+                stock.ready.extend(Result::ok(made));
+            };
+            self.vsock.reserve(self.port, self.head.clone(), made)?;
+        }
+        Ok(())
+    }
+}
+
+/// Each change is one step, so a panic leaves nothing half done.
+fn lock(stock: &Mutex<Stock>) -> MutexGuard<'_, Stock> {
+    stock.lock().unwrap_or_else(PoisonError::into_inner)
+}
