@@ -11,9 +11,16 @@
 //!
 //! A frame is its length (u32, little endian, at most [`MAX_FRAME`]) and that many bytes of postcard.
 
+mod mount;
+
 use std::io::{self, Read, Write};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+pub use self::mount::{
+    AFTER_REPLIES, ChangeKind, FromMount, HostChange, MAX_MOUNT_QUEUES, Mount, MountPoint,
+    MountStream, Mounted, ToMount,
+};
 
 /// Changes with every change of a message.
 pub const VERSION: u32 = 3;
@@ -121,130 +128,6 @@ pub struct UserIds {
     pub uid: u32,
     /// Its group's.
     pub gid: u32,
-}
-
-/// A folder, or a single file, that the host serves.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mount {
-    /// A random number that ties the mount's connections to it.
-    pub mount: u64,
-    /// Where in the guest.
-    pub at: MountPoint,
-    /// What the guest's list of mounts shows as its source.
-    pub source: Vec<u8>,
-    /// Type and permissions of what is mounted, as in `st_mode`.
-    pub mode: u32,
-    /// Whether nothing can be changed through it.
-    pub read_only: bool,
-    /// How many [`MountStream::Requests`] the host opens, 1 to [`MAX_MOUNT_QUEUES`]. The folder is mounted when
-    /// these and the one of notifications are there.
-    pub queues: u32,
-}
-
-/// The most connections that carry one mount's requests.
-pub const MAX_MOUNT_QUEUES: u32 = 64;
-
-/// Where a folder is mounted.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum MountPoint {
-    /// It becomes the machine's root, which the agent waits for ([`Root::Share`](crate::guest::Root)).
-    Root,
-    /// At this absolute path of the machine's root; what is missing of it is made.
-    Path(Vec<u8>),
-}
-
-/// One of a mount's connections.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum MountStream {
-    /// Requests to the host and their replies: a queue of the guest's kernel of its own.
-    Requests {
-        /// Which one, from 0 up to [`Mount::queues`].
-        queue: u32,
-    },
-    /// Notifications from the host. They may wait for replies, so they have a connection of their own; where
-    /// they have to come after replies, [`AFTER_REPLIES`] says so.
-    Notifications,
-}
-
-/// The `error` of a message among notifications that is for the agent and not for the kernel: those after it
-/// are given to the kernel once it has been given so many replies, in all, of each queue.
-///
-/// Behind its header (`unique` is 0) are these numbers for queue 0, 1 and so on: u64, little endian.
-pub const AFTER_REPLIES: i32 = i32::MAX;
-
-/// From the host, on a mount's connection.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum ToMount {
-    /// Do again, in this order, what was done on the host, where somebody watches; answered with
-    /// [`FromMount::Replayed`].
-    Replay(Vec<HostChange>),
-    /// Take the mount away if nobody uses it, or in any case; answered with [`FromMount::Unmounted`].
-    Unmount {
-        /// In any case: whoever uses it gets errors from then on.
-        force: bool,
-    },
-}
-
-/// From the agent, on a mount's connection.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum FromMount {
-    /// It is mounted, or one sentence that says why not, and nothing follows.
-    Mounted(Result<Mounted, String>),
-    /// The changes were done again, or there was nobody to see it.
-    Replayed,
-    /// It is not mounted any more, or one sentence that says why it still is.
-    Unmounted(Result<(), String>),
-}
-
-/// What is to be known of a mount.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Mounted {
-    /// The thread that does the host's changes again, as its requests name it (`fuse_in_header.pid`).
-    pub replayer: u32,
-}
-
-/// Something that was done on the host in a shared folder.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct HostChange {
-    /// The directory, from the mount's root on; empty for that itself.
-    pub dir: Vec<u8>,
-    /// The entry; empty for the directory itself.
-    pub name: Vec<u8>,
-    /// What was done.
-    pub what: ChangeKind,
-}
-
-/// What was done on the host.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum ChangeKind {
-    /// A regular file was made.
-    CreatedFile,
-    /// A directory was made.
-    CreatedDirectory,
-    /// A symbolic link was made.
-    CreatedSymlink,
-    /// A FIFO, a socket or a device was made.
-    CreatedSpecial,
-    /// It was written.
-    Modified,
-    /// It was closed by somebody who could write it.
-    CloseWrite,
-    /// Its attributes were changed.
-    Attributes,
-    /// It was removed.
-    Deleted {
-        /// Whether it was a directory.
-        is_dir: bool,
-    },
-    /// It was given another name.
-    Moved {
-        /// The new directory, as in [`HostChange::dir`].
-        dir: Vec<u8>,
-        /// The new name.
-        name: Vec<u8>,
-    },
-    /// More was done than could be told: anything may be different.
-    Overflow,
 }
 
 /// What is sent, and how.
