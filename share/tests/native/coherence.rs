@@ -3,20 +3,10 @@
 use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
-use std::time::Instant;
 
 use share::{Cache, Change, HostEvent, Options};
 
-use crate::mount::{Mounted, PATIENCE};
-
-/// Waits until what the guest sees is what it should.
-fn until(what: &str, mut holds: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !holds() {
-        assert!(start.elapsed() < PATIENCE, "{what}");
-        std::thread::yield_now();
-    }
-}
+use crate::mount::Mounted;
 
 fn content(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_default()
@@ -36,36 +26,36 @@ fn what_the_host_changes_is_seen_though_the_guest_believes_for_good() {
     assert_eq!(open.metadata().unwrap().len(), 4);
 
     mounted.on_host("echo two > dir/file");
-    until("same size, other data", || {
+    mounted.until("same size, other data", || {
         content(&at("dir/file")) == "two\n"
     });
     let mut data = [0; 4];
     open.read_exact_at(&mut data, 0).unwrap();
     assert_eq!(&data, b"two\n");
     mounted.on_host("echo more >> dir/file");
-    until("more data", || open.metadata().unwrap().len() == 9);
+    mounted.until("more data", || open.metadata().unwrap().len() == 9);
     mounted.on_host("echo short > dir/file");
-    until("less data", || content(&at("dir/file")) == "short\n");
+    mounted.until("less data", || content(&at("dir/file")) == "short\n");
     mounted.on_host("echo new > dir/new");
-    until("a new file", || content(&at("dir/new")) == "new\n");
+    mounted.until("a new file", || content(&at("dir/new")) == "new\n");
     assert_eq!(fs::read_dir(at("dir")).unwrap().count(), 3);
     mounted.on_host("echo replaced > dir/other; mv dir/other dir/file");
-    until("a replaced file", || {
+    mounted.until("a replaced file", || {
         content(&at("dir/file")) == "replaced\n"
     });
     mounted.on_host("chmod 604 dir/file");
-    until("permissions", || {
+    mounted.until("permissions", || {
         fs::metadata(at("dir/file")).unwrap().mode() & 0o777 == 0o604
     });
     mounted.on_host("rm dir/new");
-    until("a removed file", || !at("dir/new").exists());
+    mounted.until("a removed file", || !at("dir/new").exists());
     mounted.on_host("mv dir/sub dir/renamed; touch dir/renamed/inner");
-    until("a renamed directory", || at("dir/renamed/inner").exists());
+    mounted.until("a renamed directory", || at("dir/renamed/inner").exists());
     assert!(!at("dir/sub").exists());
     mounted.on_host("rm -r dir");
-    until("a removed directory", || !at("dir").exists());
+    mounted.until("a removed directory", || !at("dir").exists());
     mounted.on_host("echo a file > dir");
-    until("a file in its place", || content(&at("dir")) == "a file\n");
+    mounted.until("a file in its place", || content(&at("dir")) == "a file\n");
 }
 
 #[test]
@@ -171,11 +161,11 @@ fn a_burst_of_changes_loses_no_final_state() {
         assert!(!dir.join("0").exists());
     }
     mounted.on_host("for d in *; do for f in $(seq 100); do echo $d > $d/$f; done; done; rm -r 7/*; echo > done");
-    until("the last file", || mounted.at.join("done").exists());
+    mounted.until("the last file", || mounted.at.join("done").exists());
     for number in 0..20 {
         let dir = mounted.at.join(number.to_string());
         let expected = if number == 7 { 0 } else { 100 };
-        until("all files", || {
+        mounted.until("all files", || {
             fs::read_dir(&dir).unwrap().count() == expected
         });
         if number != 7 {

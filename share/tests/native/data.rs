@@ -7,20 +7,10 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, UNIX_EPOCH};
 
-use share::{Cache, Options};
+use share::Options;
 
 use crate::mount::Mounted;
-
-fn every_cache() -> impl Iterator<Item = Mounted> {
-    [Cache::Auto, Cache::Strict, Cache::Private]
-        .into_iter()
-        .filter_map(|cache| {
-            Mounted::new(Options {
-                cache,
-                ..Options::default()
-            })
-        })
-}
+use crate::programs::every_cache;
 
 #[test]
 fn a_file_may_be_larger_than_four_gibibytes_and_mostly_holes() {

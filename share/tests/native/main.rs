@@ -4,10 +4,12 @@
 mod basic;
 mod coherence;
 mod data;
+mod failing;
 mod mount;
 mod names;
 mod owner;
 mod pjdfstest;
+mod programs;
 mod replay;
 mod view;
 

@@ -10,11 +10,11 @@ use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Gid, Uid};
 use rustix::mount::{MountFlags, UnmountFlags};
-use share::{Channel, HostEvent, Options, Share, View, serve, watch};
+use share::{Cache, Channel, HostEvent, Options, Share, View, serve, watch};
 
 /// How many threads serve a mount, each at a queue of its own.
 const THREADS: usize = 4;
@@ -55,6 +55,7 @@ pub struct Mounted {
     /// What the host has done, as it was told.
     events: mpsc::Receiver<HostEvent>,
     requests: Arc<AtomicUsize>,
+    cache: Cache,
     _dirs: Vec<tempfile::TempDir>,
 }
 
@@ -82,9 +83,11 @@ impl Mounted {
 
     /// Mounts what `source` is at `at`; nothing where this machine does not let us.
     pub fn of(source: &Path, at: &Path, options: Options, ids: Option<(u32, u32)>) -> Option<Self> {
-        Self::shared(source, at, ids, move |path| {
+        let mut mounted = Self::shared(source, at, ids, move |path| {
             Share::open(path, options).unwrap()
-        })
+        })?;
+        mounted.cache = options.cache;
+        Some(mounted)
     }
 
     /// Mounts what `view` shows of a directory.
@@ -162,6 +165,7 @@ impl Mounted {
             share,
             events,
             requests,
+            cache: Cache::default(),
             _dirs: Vec::new(),
         })
     }
@@ -176,6 +180,20 @@ impl Mounted {
             .current_dir(&self.source)
             .status();
         assert!(status.unwrap().success(), "{commands}");
+    }
+
+    /// Whether the guest sees what the host changes, sooner or later.
+    pub fn is_told(&self) -> bool {
+        self.cache != Cache::Private
+    }
+
+    /// Waits until what the guest sees is what it should.
+    pub fn until(&self, what: &str, mut holds: impl FnMut() -> bool) {
+        let start = Instant::now();
+        while !holds() {
+            assert!(start.elapsed() < PATIENCE, "{what}");
+            thread::yield_now();
+        }
     }
 
     /// How many requests the guest has sent.
