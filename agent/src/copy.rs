@@ -17,8 +17,7 @@ pub fn pack(machine: &Machine, to: &Connection, request: Pack) -> io::Result<()>
         follow: request.follow,
         attributes: request.attributes,
     };
-    let root = Root::Tree(machine.root.directory());
-    let packed = machine.wait_for_root().and_then(|()| {
+    let packed = root(machine).and_then(|root| {
         let packed = archive::pack(root, &request.path, &options, &mut out);
         packed.map_err(|error| error.sentence())
     });
@@ -36,7 +35,6 @@ pub fn unpack(machine: &Machine, from: &Connection, request: &Unpack) -> io::Res
         owned: request.owned,
         devices: true,
     };
-    let root = Root::Tree(machine.root.directory());
     let mut lost = Ok(());
     let mut note = |note| {
         if lost.is_ok() {
@@ -44,7 +42,7 @@ pub fn unpack(machine: &Machine, from: &Connection, request: &Unpack) -> io::Res
         }
     };
     let (path, landing) = (&request.path, &request.landing);
-    let done = machine.wait_for_root().and_then(|()| {
+    let done = root(machine).and_then(|root| {
         let unpacked = archive::unpack(root, path, landing, policy, chunks, &mut note);
         unpacked.map(|_| ()).map_err(|error| error.sentence())
     });
@@ -52,6 +50,13 @@ pub fn unpack(machine: &Machine, from: &Connection, request: &Unpack) -> io::Res
     protocol::send(from, &FromUnpack::Done(done))?;
     from.end_output();
     drain(from)
+}
+
+/// The machine's root, once it is complete; fails with a sentence.
+fn root(machine: &Machine) -> Result<Root<'_>, String> {
+    machine.wait_for_root()?;
+    let directory = machine.root.directory();
+    directory.map(Root::Tree).map_err(|error| error.to_string())
 }
 
 /// Reads until the host ends: closed with bytes unread, the connection would be reset, and

@@ -53,6 +53,13 @@ pub enum Root {
         /// Mount it read-only and put a tmpfs over it, so that the root is writable all the same.
         read_only: bool,
     },
+    /// A directory that the host serves. The agent says that the machine is ready before it is there, and makes it
+    /// the root when the host asks for it to be mounted ([`MountPoint::Root`](crate::protocol::MountPoint)).
+    /// What needs the root waits for it.
+    Share {
+        /// Put a tmpfs over it, so that the root is writable and the host's directory stays as it is.
+        overlay: bool,
+    },
     /// A 9p export of the outer Linux's host.
     NineP {
         /// The export's mount tag.

@@ -48,11 +48,16 @@ pub fn hand_over(program: &str, tree: &Tree) -> Result<()> {
 
 /// Comes back only with what failed.
 fn become_init(path: &CString, tree: &Tree) -> io::Error {
-    if let Some(root) = tree.new_root() {
-        let entered = rustix::process::fchdir(root).and_then(|()| rustix::process::chroot(c"."));
-        if let Err(error) = entered {
-            return error.into();
+    match tree.new_root() {
+        Ok(None) => {}
+        Ok(Some(root)) => {
+            let entered =
+                rustix::process::fchdir(root).and_then(|()| rustix::process::chroot(c"."));
+            if let Err(error) = entered {
+                return error.into();
+            }
         }
+        Err(error) => return error,
     }
     let argv = [path.as_ptr(), ptr::null()];
     // What the kernel gives an init itself.

@@ -41,12 +41,13 @@ use std::thread;
 use std::time::Duration;
 
 use agent::guest::{GUEST_PATH, Guest};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use rustix::process::{Resource, Rlimit, getpid, setrlimit};
 
 use crate::forward::Reactor;
 use crate::hello::Listener;
 use crate::reap::Reaper;
+use crate::root::Missing;
 use crate::serve::Machine;
 use crate::tree::Tree;
 
@@ -88,9 +89,11 @@ fn run(started: Duration) -> Result<Infallible> {
     settings::apply(&guest.settings);
 
     let reaper = Reaper::default();
-    let root = root::prepare(&guest.root, &reaper)?;
-    mounts::mount_requested(&root.tree, &guest.mounts)?;
+    let root = root::prepare(&guest, &reaper)?;
     if let Some(program) = &guest.init {
+        if let Missing::All(_) = root.missing {
+            bail!("a root that the host shares cannot bring an init of its own ({program})");
+        }
         init::hand_over(program, &root.tree)?;
     }
     let initramfs = Tree::own().context("the initramfs cannot be opened")?;

@@ -114,7 +114,7 @@ fn wait_for_processes(patience: Duration) {
 ///
 /// A mount that refuses is in use or has no other state to be in; its data is written back already.
 fn close_filesystems(machine: &Machine) {
-    if let Some(root) = machine.root.new_root() {
+    if let Ok(Some(root)) = machine.root.new_root() {
         // This is the end: no thread needs the initramfs any more.
         let entered = rustix::process::fchdir(root).and_then(|()| rustix::process::chroot(c"."));
         if let Err(error) = entered {

@@ -16,9 +16,9 @@ use crate::connection::Connection;
 use crate::copy;
 use crate::forward;
 use crate::mount;
-use crate::reap::{Child, Reaper};
+use crate::reap::Reaper;
 use crate::rendezvous::{PATIENCE, Rendezvous};
-use crate::root::Prepared;
+use crate::root::{Missing, Prepared};
 use crate::session;
 use crate::tree::Tree;
 
@@ -46,8 +46,8 @@ pub struct Machine {
     pub initramfs: Tree,
     /// All children.
     pub reaper: Reaper,
-    /// A child that still completes the root; commands wait for its end.
-    pub furnishing: Option<Child>,
+    /// What the root is waiting for, and commands with it.
+    pub missing: Missing,
     /// Streams and the sessions they belong to.
     pub rendezvous: Rendezvous<StreamKind>,
     /// Streams and the mounts they belong to.
@@ -72,7 +72,7 @@ impl Machine {
     ) -> Self {
         Self {
             root: Arc::new(root.tree),
-            furnishing: root.furnishing,
+            missing: root.missing,
             initramfs,
             reaper,
             rendezvous: Rendezvous::default(),
@@ -87,8 +87,10 @@ impl Machine {
 
     /// Waits until the root is complete; fails with a sentence.
     pub fn wait_for_root(&self) -> Result<(), String> {
-        let Some(furnishing) = &self.furnishing else {
-            return Ok(());
+        let furnishing = match &self.missing {
+            Missing::Nothing => return Ok(()),
+            Missing::All(expected) => return expected.wait(),
+            Missing::Furnishing(child) => child,
         };
         let finished = furnishing.exit.wait(PATIENCE);
         finished.map_err(|error| format!("the machine's root is not complete: {error}"))?;
@@ -138,7 +140,9 @@ fn serve(machine: &Machine, connection: Connection, open: Open) -> io::Result<()
         }
         Open::Identify { user } => protocol::send(&connection, &identify(machine, &user)),
         // The reactor's own, which it hands to nobody.
-        Open::Later | Open::Dial(_) | Open::Attach { .. } | Open::Forward | Open::Datagrams => Ok(()),
+        Open::Later | Open::Dial(_) | Open::Attach { .. } | Open::Forward | Open::Datagrams => {
+            Ok(())
+        }
         Open::Pack(request) => copy::pack(machine, &connection, request),
         Open::Unpack(request) => copy::unpack(machine, &connection, &request),
         Open::Mount(request) => match machine.folders.enter(MAX_MOUNTS) {

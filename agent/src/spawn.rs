@@ -79,7 +79,7 @@ pub fn spawn(
         argv: pointers(&command.argv),
         envp: pointers(&command.envp),
         stdio: &stdio,
-        new_root: tree.new_root(),
+        new_root: tree.new_root().map_err(setup)?,
     };
     let report = report_write.as_raw_fd();
     // SAFETY: `become_command` and `report_failure` only make system calls, on memory that is there already.

@@ -19,7 +19,7 @@ use agent::protocol::{
 use crate::forward;
 use crate::process;
 use crate::reap::Reaper;
-use crate::root::Prepared;
+use crate::root::{Missing, Prepared};
 use crate::serve::{self, Machine};
 use crate::tree::Tree;
 
@@ -32,7 +32,7 @@ fn machine() -> &'static Arc<Machine> {
         inherited();
         let root = Prepared {
             tree: Tree::own().unwrap(),
-            furnishing: None,
+            missing: Missing::Nothing,
         };
         let power_off = |_: &Machine, _| panic!("no test asks for power-off");
         let (initramfs, forwarder) = (Tree::own().unwrap(), forward::Handle::new().unwrap());

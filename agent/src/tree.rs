@@ -6,16 +6,17 @@
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::OnceLock;
 
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags};
 
 /// No file that the agent reads as a whole (passwd, group) is longer than this.
 const MAX_FILE: u64 = 16 << 20;
 
-/// A root directory.
+/// A root directory, which may be still to come.
 #[derive(Debug)]
 pub struct Tree {
-    root: OwnedFd,
+    root: OnceLock<OwnedFd>,
     is_own: bool,
 }
 
@@ -23,7 +24,7 @@ impl Tree {
     /// The tree that the agent itself runs in.
     pub fn own() -> io::Result<Self> {
         Ok(Self {
-            root: open_directory("/")?,
+            root: OnceLock::from(open_directory("/")?),
             is_own: true,
         })
     }
@@ -31,26 +32,50 @@ impl Tree {
     /// The tree below `path` of the agent's own tree.
     pub fn below(path: &str) -> io::Result<Self> {
         Ok(Self {
-            root: open_directory(path)?,
+            root: OnceLock::from(open_directory(path)?),
             is_own: false,
         })
     }
 
-    /// The directory to change root to, or None where the agent is in this tree already.
-    pub fn new_root(&self) -> Option<BorrowedFd<'_>> {
-        (!self.is_own).then(|| self.root.as_fd())
+    /// A tree that is not the agent's own and not there yet: nothing is found in it before [`Tree::settle`].
+    pub fn later() -> Self {
+        Self {
+            root: OnceLock::new(),
+            is_own: false,
+        }
     }
 
-    /// Its top directory.
-    pub fn directory(&self) -> BorrowedFd<'_> {
-        self.root.as_fd()
+    /// From now on it is what `other` is. Only the first one counts.
+    pub fn settle(&self, other: Self) {
+        if let Some(root) = other.root.into_inner() {
+            // A tree that is there stays what it is.
+            let _ = self.root.set(root);
+        }
+    }
+
+    /// The directory to change root to, or None where the agent is in this tree already.
+    /// Fails where it is not there yet.
+    pub fn new_root(&self) -> io::Result<Option<BorrowedFd<'_>>> {
+        let directory = self.directory()?;
+        Ok((!self.is_own).then_some(directory))
+    }
+
+    /// Its top directory; fails where it is not there yet.
+    pub fn directory(&self) -> io::Result<BorrowedFd<'_>> {
+        let missing = || {
+            io::Error::new(
+                io::ErrorKind::NotFound,
+                "the machine's root is not there yet",
+            )
+        };
+        self.root.get().map(AsFd::as_fd).ok_or_else(missing)
     }
 
     /// Opens `path` of this tree, close-on-exec. Absolute and relative paths both start at its root.
     pub fn open(&self, path: impl AsRef<[u8]>, flags: OFlags) -> io::Result<OwnedFd> {
         let flags = flags | OFlags::CLOEXEC;
         Ok(rustix::fs::openat2(
-            &self.root,
+            self.directory()?,
             path.as_ref(),
             flags,
             Mode::empty(),

@@ -16,7 +16,6 @@ use rustix::mount::{
 };
 
 use super::device;
-use super::point::Point;
 use crate::tree::path_of;
 
 /// What a string of a mount may be long: fsconfig(2) takes 256 bytes with the end.
@@ -113,24 +112,28 @@ impl Filesystem {
         })
     }
 
-    /// Shows it at `point`.
-    pub fn attach(self, point: Point) -> Result<Attached, String> {
+    /// Shows it over the directory, or the file, `target`, which is found again at `place`. Fails with a sentence.
+    pub fn attach(self, target: &OwnedFd, place: Place) -> Result<Attached, String> {
         let known = look(&self.mount, "").map_err(|errno| errno.to_string())?;
         let flags =
             MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-        move_mount(&self.mount, "", &point.target, "", flags).map_err(|errno| {
-            format!(
-                "the shared folder cannot be mounted at {}: {errno}",
-                point.shown()
-            )
-        })?;
+        move_mount(&self.mount, "", target, "", flags)
+            .map_err(|errno| format!("the shared folder cannot be mounted: {errno}"))?;
         Ok(Attached {
             number: known.stx_mnt_id,
             device: device_of(&known),
-            parent: point.parent,
-            name: point.name,
+            place,
         })
     }
+}
+
+/// Where a mount is found again.
+#[derive(Debug)]
+pub enum Place {
+    /// Under this name in this directory.
+    Below(OwnedFd, CString),
+    /// It is the machine's root, or lies below that.
+    Root,
 }
 
 /// A mount and its place.
@@ -139,14 +142,15 @@ pub struct Attached {
     /// The kernel's number of the mount.
     number: u64,
     /// The filesystem's device number.
-    pub device: u64,
-    parent: OwnedFd,
-    name: CString,
+    device: u64,
+    place: Place,
 }
 
 /// Why a mount was not taken away.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
+    /// Everybody uses it.
+    Root,
     /// Somebody uses it.
     Busy,
     /// It is not where it was: something else is mounted over it, or it was moved.
@@ -158,21 +162,21 @@ pub enum Refusal {
 impl Attached {
     /// Unmounts it as `flags` say.
     pub fn unmount(&self, flags: UnmountFlags) -> Result<(), Refusal> {
-        if !self.is_in_place() {
+        let Place::Below(parent, name) = &self.place else {
+            return Err(Refusal::Root);
+        };
+        let seen = look(parent, &**name);
+        let is_it = |seen: Statx| seen.stx_mnt_id == self.number && device_of(&seen) == self.device;
+        if !seen.is_ok_and(is_it) {
             return Err(Refusal::Elsewhere);
         }
-        let mut path = path_of(&self.parent).into_bytes();
+        let mut path = path_of(parent).into_bytes();
         path.push(b'/');
-        path.extend_from_slice(self.name.as_bytes());
+        path.extend_from_slice(name.as_bytes());
         unmount(path, flags | UnmountFlags::NOFOLLOW).map_err(|errno| match errno {
             Errno::BUSY => Refusal::Busy,
             errno => Refusal::Other(errno),
         })
-    }
-
-    fn is_in_place(&self) -> bool {
-        let seen = look(&self.parent, &*self.name);
-        seen.is_ok_and(|seen| seen.stx_mnt_id == self.number && device_of(&seen) == self.device)
     }
 }
 

@@ -28,13 +28,14 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
-use self::attach::{Attached, Filesystem, Refusal};
+use self::attach::{Attached, Filesystem, Place, Refusal};
 use self::ending::{Ending, Why};
 use self::order::Replies;
 use self::point::Point;
 use self::replay::Replayer;
 use crate::connection::Connection;
 use crate::rendezvous::PATIENCE;
+use crate::root::Missing;
 use crate::serve::Machine;
 
 /// `S_IFMT` and `S_IFREG` of inode(7).
@@ -109,13 +110,26 @@ impl Folder {
                 Some(Why::Failed(why)) => format!("{sentence} ({why})"),
                 _ => sentence,
             })?;
-        let MountPoint::Path(path) = &request.at else {
-            return Err("the machine's root is there already".to_owned());
+        let attached = match (&request.at, &machine.missing) {
+            (MountPoint::Path(path), _) => {
+                machine.wait_for_root()?;
+                let is_directory = request.mode & KIND != REGULAR;
+                let Point {
+                    target,
+                    parent,
+                    name,
+                } = Point::make(&machine.root, path, is_directory)?;
+                filesystem.attach(&target, Place::Below(parent, name))?
+            }
+            (MountPoint::Root, Missing::All(expected)) => {
+                let attach = |target| filesystem.attach(&target, Place::Root);
+                expected.complete(&machine.root, attach)?
+            }
+            (MountPoint::Root, _) => {
+                return Err("the machine has a root of its own already".to_owned());
+            }
         };
-        machine.wait_for_root()?;
-        let is_directory = request.mode & KIND != REGULAR;
-        let point = Point::make(&machine.root, path, is_directory)?;
-        let attached = Arc::new(filesystem.attach(point)?);
+        let attached = Arc::new(attached);
         let replayer = Replayer::start(Arc::clone(&attached)).map_err(|error| {
             // What is mounted is seen by nobody yet who could use it.
             let _ = attached.unmount(UnmountFlags::DETACH);
@@ -182,6 +196,7 @@ impl Folder {
         self.attached
             .unmount(UnmountFlags::empty())
             .map_err(|refusal| match refusal {
+                Refusal::Root => "it is the machine's root".to_owned(),
                 Refusal::Busy => "it is in use".to_owned(),
                 Refusal::Elsewhere => {
                     "something else is mounted over it, or it was moved".to_owned()

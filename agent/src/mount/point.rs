@@ -53,18 +53,10 @@ impl Point {
         }
     }
 
-    /// Its path, for people.
-    pub fn shown(&self) -> String {
-        readlinkat(rustix::fs::CWD, path_of(&self.target), Vec::new()).map_or_else(
-            |_| "its mount point".to_owned(),
-            |path| path.to_string_lossy().into_owned(),
-        )
-    }
-
     /// Where `target` really is, all symlinks resolved.
     fn of(tree: &Tree, target: OwnedFd) -> io::Result<Self> {
         let real = real_path(&target)?;
-        let top = real_path(tree.directory())?;
+        let top = real_path(tree.directory()?)?;
         let missing = || io::Error::from(Errno::NOENT);
         let below = match top.as_slice() {
             b"/" => real.as_slice(),

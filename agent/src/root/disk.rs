@@ -8,8 +8,7 @@ use anyhow::{Context, Result, anyhow};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount};
 
-/// The image, where writes go elsewhere.
-const LOWER: &str = "/mvm/lower";
+use super::LOWER;
 
 /// The tmpfs that takes the writes.
 const UPPER: &str = "/mvm/upper";
@@ -25,6 +24,12 @@ pub fn mount_root(device: &Path, filesystem: &str, read_only: bool, target: &str
     }
     fs::create_dir_all(LOWER)?;
     mount_device(device, filesystem, MountFlags::RDONLY, LOWER)?;
+    lay_over(target)
+}
+
+/// Shows at `target` what is mounted at [`LOWER`], with a tmpfs that takes the writes.
+pub fn lay_over(target: &str) -> Result<()> {
+    fs::create_dir_all(target)?;
     fs::create_dir_all(UPPER)?;
     mount("tmpfs", UPPER, "tmpfs", MountFlags::empty(), c"mode=0755")
         .context("the tmpfs for the root's changes cannot be mounted")?;
