@@ -100,3 +100,159 @@ fn a_listing_is_as_short_as_it_has_to_be() {
         }
     }
 }
+
+#[test]
+fn lengths_beyond_all_measure_are_refused_or_cut() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), "data").unwrap();
+    let share = share(&dir, some_limits());
+    let mut guest = Guest::new(&share);
+    let node = guest.lookup(ROOT_ID, c"file").unwrap();
+    let fh = guest.open(node, libc::O_RDWR).unwrap();
+    for size in [u32::MAX, 1 << 31, 1 << 20] {
+        let read = wire::ReadIn {
+            fh,
+            size,
+            ..wire::ReadIn::default()
+        };
+        let found = guest.ask(Opcode::Read, node, &[read.as_bytes()]).unwrap();
+        assert_eq!(found, b"data");
+        let write = wire::WriteIn {
+            fh,
+            size,
+            ..wire::WriteIn::default()
+        };
+        let written = guest.ask(Opcode::Write, node, &[write.as_bytes(), b"short"]);
+        assert_eq!(written, Err(Errno::INVAL), "more than was sent");
+        let set = wire::SetxattrIn {
+            size,
+            ..wire::SetxattrIn::default()
+        };
+        let set = guest.ask(Opcode::Setxattr, node, &[set.as_bytes(), b"user.x\0", b"x"]);
+        assert_eq!(set, Err(Errno::INVAL));
+        let get = wire::GetxattrIn { size, padding: 0 };
+        for (opcode, name) in [
+            (Opcode::Getxattr, &b"user.x\0"[..]),
+            (Opcode::Listxattr, b""),
+        ] {
+            let found = guest.ask(opcode, node, &[get.as_bytes(), name]);
+            assert!(found.is_err() || found == Ok(vec![]));
+        }
+        let forget = wire::BatchForgetIn {
+            count: size,
+            dummy: 0,
+        };
+        assert_eq!(
+            guest.ask(Opcode::BatchForget, 0, &[forget.as_bytes()]),
+            Ok(vec![])
+        );
+    }
+    for offset in [u64::MAX, 1 << 63, i64::MAX.cast_unsigned()] {
+        let read = wire::ReadIn {
+            fh,
+            offset,
+            size: 4096,
+            ..wire::ReadIn::default()
+        };
+        let found = guest.ask(Opcode::Read, node, &[read.as_bytes()]);
+        assert!(found.is_err() || found == Ok(vec![]));
+        let write = wire::WriteIn {
+            fh,
+            offset,
+            size: 1,
+            ..wire::WriteIn::default()
+        };
+        assert!(
+            guest
+                .ask(Opcode::Write, node, &[write.as_bytes(), b"x"])
+                .is_err()
+        );
+        let allocate = wire::FallocateIn {
+            fh,
+            offset,
+            length: offset,
+            ..wire::FallocateIn::default()
+        };
+        assert!(
+            guest
+                .ask(Opcode::Fallocate, node, &[allocate.as_bytes()])
+                .is_err()
+        );
+        for whence in [libc::SEEK_DATA, libc::SEEK_HOLE, libc::SEEK_SET, -1] {
+            let seek = wire::LseekIn {
+                fh,
+                offset,
+                whence: whence.cast_unsigned(),
+                padding: 0,
+            };
+            assert!(guest.ask(Opcode::Lseek, node, &[seek.as_bytes()]).is_err());
+        }
+        let copy = wire::CopyFileRangeIn {
+            fh_in: fh,
+            off_in: offset,
+            nodeid_out: node,
+            fh_out: fh,
+            off_out: offset,
+            len: u64::MAX,
+            ..wire::CopyFileRangeIn::default()
+        };
+        assert!(
+            guest
+                .ask(Opcode::CopyFileRange, node, &[copy.as_bytes()])
+                .is_err()
+        );
+        // A file may be as long as a signed number tells on some filesystems.
+        let longer = wire::SetattrIn {
+            valid: wire::fattr::SIZE,
+            size: offset,
+            ..wire::SetattrIn::default()
+        };
+        let longer = guest.ask(Opcode::Setattr, node, &[longer.as_bytes()]);
+        assert!(longer.is_err() || i64::try_from(offset).is_ok());
+        fs::write(dir.path().join("file"), "data").unwrap();
+    }
+    let long = [&[b'n'; 256][..], b"\0"].concat();
+    assert_eq!(
+        guest.ask(Opcode::Lookup, ROOT_ID, &[&long]),
+        Err(Errno::NAMETOOLONG)
+    );
+    let target = [&[b't'; 1 << 16][..], b"\0"].concat();
+    let linked = guest.ask(Opcode::Symlink, ROOT_ID, &[b"link\0", &target]);
+    assert_eq!(linked, Err(Errno::NAMETOOLONG));
+    assert_eq!(fs::read(dir.path().join("file")).unwrap(), b"data");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn listings_that_are_left_in_the_middle_hold_little() {
+    let dir = tempfile::tempdir().unwrap();
+    for number in 0..200 {
+        let sub = dir.path().join(number.to_string());
+        fs::create_dir(&sub).unwrap();
+        fs::write(sub.join("one"), "").unwrap();
+        fs::write(sub.join("two"), "").unwrap();
+    }
+    let share = share(&dir, some_limits());
+    let mut guest = Guest::new(&share);
+    let open_files = || fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = open_files();
+    for number in 0..200 {
+        let name = std::ffi::CString::new(number.to_string()).unwrap();
+        let node = guest.lookup(ROOT_ID, &name).unwrap();
+        let asked = wire::ReadIn {
+            size: 40,
+            ..wire::ReadIn::default()
+        };
+        let listed = guest
+            .ask(Opcode::Readdir, node, &[asked.as_bytes()])
+            .unwrap();
+        assert!(!listed.is_empty());
+    }
+    let (inodes, descriptors, handles) = share.usage();
+    assert_eq!((inodes, handles), (201, 0));
+    // Other tests of this process come and go meanwhile.
+    assert!(
+        open_files() < before + descriptors + 100,
+        "{descriptors} descriptors"
+    );
+}

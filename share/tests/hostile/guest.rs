@@ -72,6 +72,15 @@ impl<'a> Guest<'a> {
         Ok(open.fh)
     }
 
+    pub fn release(&mut self, node: u64, fh: u64) {
+        let asked = wire::ReleaseIn {
+            fh,
+            ..wire::ReleaseIn::default()
+        };
+        self.ask(Opcode::Release, node, &[asked.as_bytes()])
+            .unwrap();
+    }
+
     pub fn read(&mut self, node: u64, fh: u64) -> Result<Vec<u8>, Errno> {
         let asked = wire::ReadIn {
             fh,

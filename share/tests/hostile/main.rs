@@ -2,5 +2,7 @@
 
 mod bounds;
 mod guest;
+mod races;
 mod reach;
+mod refused;
 mod view;

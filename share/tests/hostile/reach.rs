@@ -3,10 +3,8 @@
 use std::ffi::CStr;
 use std::fs;
 use std::os::unix::fs::symlink;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
 
-use rustix::fs::{CWD, FileType, Mode, RenameFlags};
+use rustix::fs::{CWD, FileType, Mode};
 use rustix::io::Errno;
 use share::wire::{self, Opcode, ROOT_ID};
 use zerocopy::IntoBytes;
@@ -105,51 +103,6 @@ fn symbolic_links_are_never_followed_on_the_host() {
     assert_eq!(through, Err(Errno::LOOP));
     let secret = fs::read_to_string(outside.path().join("secret")).unwrap();
     assert_eq!(secret, "outside");
-}
-
-#[test]
-fn what_is_swapped_for_a_link_during_a_step_leads_nowhere() {
-    const ROUNDS: usize = 5000;
-    let outside = tempfile::tempdir().unwrap();
-    fs::write(outside.path().join("secret"), "outside").unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    fs::create_dir(dir.path().join("swap")).unwrap();
-    fs::write(dir.path().join("swap/secret"), "inside").unwrap();
-    symlink(outside.path(), dir.path().join("link")).unwrap();
-    let share = share(&dir, some_limits());
-    let done = AtomicBool::new(false);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            let (one, other) = (dir.path().join("swap"), dir.path().join("link"));
-            while !done.load(Ordering::Relaxed) {
-                let flags = RenameFlags::EXCHANGE;
-                rustix::fs::renameat_with(CWD, &one, CWD, &other, flags).unwrap();
-            }
-        });
-        let mut guest = Guest::new(&share);
-        let mut inside = 0;
-        for _ in 0..ROUNDS {
-            if let Ok(content) = content(&mut guest) {
-                assert_eq!(content, b"inside");
-                inside += 1;
-            }
-        }
-        done.store(true, Ordering::Relaxed);
-        assert!(inside > 0, "nothing was ever read");
-    });
-}
-
-fn content(guest: &mut Guest<'_>) -> Result<Vec<u8>, Errno> {
-    let dir = guest.lookup(ROOT_ID, c"swap")?;
-    let file = guest.lookup(dir, c"secret")?;
-    let fh = guest.open(file, libc::O_RDONLY)?;
-    let content = guest.read(file, fh);
-    let release = wire::ReleaseIn {
-        fh,
-        ..wire::ReleaseIn::default()
-    };
-    guest.ask(Opcode::Release, file, &[release.as_bytes()])?;
-    content
 }
 
 #[test]
