@@ -2,6 +2,7 @@
 //!
 //! `resolve` turns this into what it means. Only syntax is refused here, with exit code 2.
 
+pub mod folder;
 pub mod forward;
 pub mod machine;
 
@@ -158,12 +159,16 @@ pub struct RunArgs {
     pub vsock_uds: Option<PathBuf>,
 
     /// Show the kernel's boot messages and what mvm does on standard error
-    #[arg(short, long)]
+    #[arg(long)]
     pub verbose: bool,
 
     /// Show on standard error where the time went
     #[arg(long)]
     pub timing: bool,
+
+    /// What is shared.
+    #[command(flatten)]
+    pub folder: folder::FolderArgs,
 
     /// What is forwarded.
     #[command(flatten)]
@@ -430,7 +435,7 @@ mod tests {
 
     #[test]
     fn nothing_after_the_dashes_is_an_option() {
-        let args = run(&["-v", "--", "ls", "--cpus", "9", "--", "-t"]).unwrap();
+        let args = run(&["--verbose", "--", "ls", "--cpus", "9", "--", "-t"]).unwrap();
         assert_eq!(args.command, ["ls", "--cpus", "9", "--", "-t"]);
         assert_eq!((args.cpus, args.tty, args.verbose), (1, false, true));
     }

@@ -12,6 +12,7 @@ use agent::protocol::{FromSession, Hello};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 
+use crate::folder::FolderError;
 use crate::instance::Ended;
 
 /// Something happened.
@@ -21,6 +22,8 @@ pub enum Event {
     Signal(i32),
     /// The agent reported.
     Hello(Hello),
+    /// The declared folders are mounted in the guest, or cannot be.
+    Folders(Result<(), FolderError>),
     /// The session's agent end said something; None when it is gone.
     Session(Option<FromSession>),
     /// One of the session's output streams ended and all of it was written.

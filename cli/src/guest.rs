@@ -22,6 +22,8 @@ pub const OPTIONAL_MODULES: &[&str] = &[
     // How the agent learns which ports are listened at.
     "inet_diag",
     "tcp_diag",
+    // Folders may be shared at any time.
+    "fuse",
 ];
 
 /// A [`Guest`] with what every machine has; `root` is where commands run.

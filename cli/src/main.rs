@@ -11,6 +11,7 @@ mod copy;
 mod descriptors;
 mod dirs;
 mod event;
+mod folder;
 mod foreground;
 mod forward;
 mod guest;

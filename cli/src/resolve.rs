@@ -134,6 +134,9 @@ pub fn initramfs(args: &RunArgs, kernel: &Kernel, root: &Root, cache: &Cache) ->
     if args.net != Net::None {
         required.push("virtio_net");
     }
+    if !args.folder.volume.is_empty() {
+        required.push("fuse");
+    }
     let mut files = Vec::new();
     match root {
         Root::Disk {

@@ -39,12 +39,13 @@ pub fn serve(share: &Share, channel: &dyn Channel) -> io::Result<()> {
     }
 }
 
-/// Separates this thread's umask from that of the others: every new file takes another.
+/// Separates this thread's umask from that of the others, as every new file takes another, and leaves
+/// the working directory, which it would keep from being unmounted.
 fn own_umask() -> io::Result<()> {
     // SAFETY: only what this thread shares with the others of root, working directory and umask is
     // given up; no memory and no descriptor is touched.
     match unsafe { libc::unshare(libc::CLONE_FS) } {
-        0 => Ok(()),
+        0 => Ok(rustix::process::chdir("/")?),
         _ => Err(io::Error::last_os_error()),
     }
 }

@@ -156,7 +156,7 @@ const ARCHITECTURE_FILES: &[(&str, &str)] = &[
 /// What only its tests need is in [`MAY_TEST_WITH`].
 const MAY_DEPEND_ON: &[(&str, &[&str])] = &[
     ("agent", &[]),
-    ("cli", &["agent", "devices", "kernels", "vmm"]),
+    ("cli", &["agent", "devices", "kernels", "share", "vmm"]),
     ("devices", &[]),
     ("kernels", &[]),
     ("share", &[]),

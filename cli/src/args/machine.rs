@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime};
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::Format;
+use super::folder::MountCommand;
 use crate::forward::spec::{PortRange, Publish};
 use crate::store::Name;
 
@@ -121,6 +122,9 @@ pub enum MachineCommand {
     /// Publish ports of a running machine
     #[command(subcommand)]
     Port(PortCommand),
+    /// Share folders with a running machine
+    #[command(subcommand)]
+    Mount(MountCommand),
     /// Connect standard input and output to a port of the machine, for an SSH client's ProxyCommand
     Connect {
         /// The machine
@@ -408,6 +412,9 @@ mod tests {
                 &["port", "rm", name, "80"],
                 &["port", "ls", name],
                 &["port", "auto", name],
+                &["mount", "add", name, ".:/work"],
+                &["mount", "rm", name, "/work"],
+                &["mount", "ls", name],
             ] {
                 let error = parse(verb).unwrap_err();
                 assert_eq!(error.exit_code(), 2, "{verb:?}");
@@ -419,6 +426,11 @@ mod tests {
             &["port", "add", "web", "70000"],
             &["port", "add", "web", "0"],
             &["port", "auto", "web", "perhaps"],
+            &["mount", "add", "web"],
+            &["mount", "add", "web", "."],
+            &["mount", "add", "web", ".:work"],
+            &["mount", "rm", "web", "work"],
+            &["mount", "rm", "web"],
             &["stop", "-t", "-1", "web"],
             &["kill", "-s", "NOPE", "web"],
         ] {

@@ -9,14 +9,15 @@ use std::time::Duration;
 use agent::protocol::Exec;
 use anyhow::{Context, Result, anyhow};
 
+use super::mount;
 use crate::args::machine::{ExecArgs, ShellArgs};
 use crate::control::client::Client;
-use crate::control::protocol::{Answer, Op};
+use crate::control::protocol::{Answer, Inspection, Op};
 use crate::event;
 use crate::foreground::{self, Lost};
 use crate::link::Link;
 use crate::session::{self, Output, Session};
-use crate::store::{Bytes, Name, Standing, Store};
+use crate::store::{Name, Standing, Store};
 use crate::{resolve, terminal};
 
 /// Between a signal and the end of patience.
@@ -27,51 +28,57 @@ const SSH_AUTH_SOCK: &str = "SSH_AUTH_SOCK";
 
 /// Runs the command and returns its exit code.
 pub fn run(args: &ExecArgs) -> Result<ExitCode> {
-    attend(
-        &args.name,
-        Exec {
-            session: session::fresh_id(),
-            argv: args
-                .command
-                .iter()
-                .map(|word| word.as_bytes().to_vec())
-                .collect(),
-            env: resolve::environment(&args.env, args.tty),
-            clear_env: false,
-            cwd: args.workdir.clone().map(OsStringExt::into_vec),
-            cwd_or_home: false,
-            user: args.user.clone(),
-            terminal: args.tty.then(terminal::window_size),
-            stdin: args.interactive,
-            in_initramfs: false,
-        },
-    )
+    attend(&args.name, |_| Exec {
+        session: session::fresh_id(),
+        argv: args
+            .command
+            .iter()
+            .map(|word| word.as_bytes().to_vec())
+            .collect(),
+        env: resolve::environment(&args.env, args.tty),
+        clear_env: false,
+        cwd: args.workdir.clone().map(OsStringExt::into_vec),
+        cwd_or_home: false,
+        user: args.user.clone(),
+        terminal: args.tty.then(terminal::window_size),
+        stdin: args.interactive,
+        in_initramfs: false,
+    })
 }
 
 /// Opens a shell and returns its exit code.
 pub fn shell(args: &ShellArgs) -> Result<ExitCode> {
     let on_terminal = terminal::stdin_is_terminal();
-    let here = env::current_dir().ok().map(|dir| dir.into_os_string());
-    attend(
-        &args.name,
-        Exec {
-            session: session::fresh_id(),
-            argv: Vec::new(),
-            env: resolve::environment(&[], on_terminal),
-            clear_env: false,
-            cwd: args.workdir.clone().or(here).map(OsStringExt::into_vec),
-            cwd_or_home: args.workdir.is_none(),
-            user: args.user.clone(),
-            terminal: on_terminal.then(terminal::window_size),
-            stdin: true,
-            in_initramfs: false,
-        },
-    )
+    let here = env::current_dir().ok();
+    let here = |machine: &Inspection| {
+        let here = here.as_ref()?;
+        let inside = mount::in_guest(&machine.mounts, here);
+        Some(inside.unwrap_or_else(|| here.clone()).into_os_string())
+    };
+    attend(&args.name, |machine| Exec {
+        session: session::fresh_id(),
+        argv: Vec::new(),
+        env: resolve::environment(&[], on_terminal),
+        clear_env: false,
+        cwd: args
+            .workdir
+            .clone()
+            .or_else(|| here(machine))
+            .map(OsStringExt::into_vec),
+        cwd_or_home: args.workdir.is_none(),
+        user: args.user.clone(),
+        terminal: on_terminal.then(terminal::window_size),
+        stdin: true,
+        in_initramfs: false,
+    })
 }
 
-fn attend(name: &Name, mut exec: Exec) -> Result<ExitCode> {
+/// Runs the command that `exec` makes for the machine as it is.
+fn attend(name: &Name, exec: impl FnOnce(&Inspection) -> Exec) -> Result<ExitCode> {
     let store = Store::open()?;
-    if let Some(path) = offer_ssh_agent(&store, name)? {
+    let machine = look(&store, name)?;
+    let mut exec = exec(&machine);
+    if let Some(path) = machine.ssh_agent {
         exec.env.insert(0, (SSH_AUTH_SOCK.into(), path.0));
     }
     let (events, inbox) = mpsc::channel();
@@ -87,9 +94,9 @@ fn attend(name: &Name, mut exec: Exec) -> Result<ExitCode> {
     })
 }
 
-/// Where the command finds the caller's SSH agent, in a machine that may use it: that of this process, from now
-/// on, as the one from before may be gone.
-fn offer_ssh_agent(store: &Store, name: &Name) -> Result<Option<Bytes>> {
+/// The machine. Where it may use the caller's SSH agent, that is the one of this process from now on, as the one
+/// from before may be gone.
+fn look(store: &Store, name: &Name) -> Result<Inspection> {
     let mut client = Client::connect(store, name)?;
     let machine = match client.ask(Op::Inspect)? {
         Answer::Inspection(machine) => machine,
@@ -101,7 +108,7 @@ fn offer_ssh_agent(store: &Store, name: &Name) -> Result<Option<Bytes>> {
         let path = Some(own.into());
         client.ask(Op::SshAgent { path })?;
     }
-    Ok(machine.ssh_agent)
+    Ok(*machine)
 }
 
 /// Why the connection to the command ended before the command did.

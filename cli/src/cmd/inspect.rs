@@ -88,6 +88,8 @@ fn shown(report: &Report) -> String {
             lines.push(("disk", format!("{}{only}", disk.path)));
         }
         lines.extend(machine.tap.iter().map(|tap| ("network", tap.clone())));
+        let mounts = machine.mounts.iter();
+        lines.extend(mounts.map(|mount| ("folder", super::mount::shown(mount))));
         lines.extend(
             machine
                 .forwards

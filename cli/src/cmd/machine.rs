@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
-use super::{connect, exec, inspect, lifecycle, logs, port, ps, ssh_config, stats};
+use super::{connect, exec, inspect, lifecycle, logs, mount, port, ps, ssh_config, stats};
 use crate::args::machine::MachineCommand;
 use crate::control::client;
 use crate::control::protocol::Op;
@@ -33,6 +33,7 @@ pub fn run(command: MachineCommand) -> Result<ExitCode> {
         MachineCommand::Pause { names } => lifecycle::ask_each(&names, &Op::Pause),
         MachineCommand::Resume { names } => lifecycle::ask_each(&names, &Op::Resume),
         MachineCommand::Port(command) => port::run(command),
+        MachineCommand::Mount(command) => mount::run(command),
         MachineCommand::Connect { name, port } => {
             connect::run(|| client::agent(name.as_str()), name.as_str(), port)
         }

@@ -11,6 +11,7 @@ pub mod kernel;
 mod lifecycle;
 mod logs;
 pub mod machine;
+mod mount;
 mod port;
 mod ps;
 pub mod run;

@@ -61,6 +61,8 @@ impl Client {
         let patience = match op {
             Op::Wait => None,
             // After force there is some writing out to do.
+            // The guest has to do something, and an emulated one is slow.
+            Op::MountAdd { .. } | Op::MountRm { .. } => Some(self.patience * 12),
             Op::Stop { timeout } => Some(self.patience * 3 + Duration::from_secs(timeout.into())),
             _ => Some(self.patience),
         };

@@ -111,6 +111,21 @@ pub enum Op {
         /// In the syntax of `-R`, or its guest side alone.
         reverse: Vec<Bytes>,
     },
+    /// Share folders with the guest. Answered with [`Answer::Mounts`]: those that were added.
+    MountAdd {
+        /// In the syntax of `-v`, with paths of the host made absolute.
+        mounts: Vec<Bytes>,
+    },
+    /// Share them no longer. Answered with [`Answer::Mounts`]: those that were removed.
+    MountRm {
+        /// Where the guest has them.
+        guest: Vec<Bytes>,
+        /// Whether they are taken away from programs that use them.
+        #[serde(default)]
+        force: bool,
+    },
+    /// Answered with [`Answer::Mounts`]: all.
+    MountLs,
     /// Where the caller's SSH agent is, for those that use it in the guest from now on. Answered with
     /// [`Answer::Done`].
     SshAgent {
@@ -170,6 +185,8 @@ pub enum Answer {
     },
     /// Of the operations on forwards.
     Forwards(Vec<Forward>),
+    /// Of the operations on folders.
+    Mounts(Vec<Mount>),
     /// Of [`Op::PortAuto`].
     Auto {
         /// Whether ports are published as they appear.
@@ -273,6 +290,9 @@ pub struct Inspection {
     /// The TAP interface, where there is one.
     #[serde(default)]
     pub tap: Option<String>,
+    /// Folders of the host that the guest has.
+    #[serde(default)]
+    pub mounts: Vec<Mount>,
     /// All forwards.
     #[serde(default)]
     pub forwards: Vec<Forward>,
@@ -300,6 +320,23 @@ pub struct Disk {
     pub path: Bytes,
     /// Whether the guest cannot change it.
     pub read_only: bool,
+}
+
+/// A folder, or a file, of the host that a guest has.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mount {
+    /// Its path on the host.
+    pub host: Bytes,
+    /// Where the guest has it.
+    pub guest: Bytes,
+    /// Whether the guest cannot change it.
+    pub read_only: bool,
+    /// Who the user that shares it is in the guest.
+    pub uid: u32,
+    /// The same of its group.
+    pub gid: u32,
+    /// What the guest may believe: `auto`, `strict` or `private`.
+    pub cache: String,
 }
 
 /// A forward of a machine.

@@ -75,6 +75,9 @@ pub trait Owner: Send + Sync + 'static {
     /// Does one of the operations on forwards: [`Op::PortAdd`] up to [`Op::SshAgent`].
     fn forward(&self, op: Op) -> Result<Answer, ControlError>;
 
+    /// Does one of the operations on folders: [`Op::MountAdd`] up to [`Op::MountLs`].
+    fn mount(&self, op: Op) -> Result<Answer, ControlError>;
+
     /// Where its end is announced.
     fn ended(&self) -> &Latch;
 }
@@ -308,6 +311,7 @@ fn perform(owner: &impl Owner, op: Op) -> Result<Answer, ControlError> {
         | Op::ReverseAdd { .. }
         | Op::ReverseRm { .. }
         | Op::SshAgent { .. } => owner.forward(op),
+        Op::MountAdd { .. } | Op::MountRm { .. } | Op::MountLs => owner.mount(op),
         Op::Stop { .. } | Op::Wait | Op::Connect { .. } => Err(error(
             ErrorKind::UnknownOp,
             "this operation is not answered at once",

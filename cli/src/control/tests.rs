@@ -60,6 +60,7 @@ impl Owner for Fake {
             terminal: false,
             disks: Vec::new(),
             tap: None,
+            mounts: Vec::new(),
             forwards: Vec::new(),
             auto: false,
             exclude: Vec::new(),
@@ -118,6 +119,11 @@ impl Owner for Fake {
     fn forward(&self, op: Op) -> Result<Answer, ControlError> {
         self.note(format!("{op:?}"))?;
         Ok(Answer::Forwards(Vec::new()))
+    }
+
+    fn mount(&self, op: Op) -> Result<Answer, ControlError> {
+        self.note(format!("{op:?}"))?;
+        Ok(Answer::Mounts(Vec::new()))
     }
 
     fn ended(&self) -> &Latch {

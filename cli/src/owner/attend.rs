@@ -3,6 +3,7 @@
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use agent::protocol::{self, Exec, FromSession, Hello};
@@ -152,9 +153,12 @@ impl Attendant {
             .and_then(|agent| self.machine.forwarder.attach(agent))
             .context("the guest's ports cannot be forwarded")?;
         declare::offer_ssh_agent(&self.machine);
-        *self.machine.state() = State::Running;
         // The guest's own clock began when its kernel was some way into its boot.
         self.machine.set_clock();
+        if let Some(code) = self.await_folders(link)? {
+            return Ok(code);
+        }
+        *self.machine.state() = State::Running;
         vmm::release_program();
         if self.mode == Mode::Background && self.machine.args.command.is_empty() {
             self.say_ready()?;
@@ -163,6 +167,45 @@ impl Attendant {
         let session = Session::start(link, self.exec(), &self.output, &self.machine.events)
             .context("the guest's agent cannot be reached")?;
         self.await_command(session)
+    }
+
+    /// Has the guest mount the declared folders; an exit code where a signal came first.
+    fn await_folders(&mut self, link: &Link) -> Result<Option<i32>> {
+        let (folders, link) = (self.machine.folders.clone(), link.clone());
+        if folders.declared() == 0 {
+            folders.attach(&link)?;
+            return Ok(None);
+        }
+        let events = self.machine.events.clone();
+        let mounter = thread::Builder::new().name("folders".into());
+        mounter
+            .spawn(move || drop(events.send(Event::Folders(folders.attach(&link)))))
+            .context("no thread for the shared folders")?;
+        // It takes no longer than it may.
+        self.deadline = None;
+        loop {
+            match self.next() {
+                Some(Event::Folders(mounted)) => return Ok(mounted.map(|()| None)?),
+                Some(event) => {
+                    if let Some(code) = self.ended_by(event)? {
+                        return Ok(Some(code));
+                    }
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// The exit code where something ends the machine before its command.
+    fn ended_by(&self, event: Event) -> Result<Option<i32>> {
+        match event {
+            Event::Machine(ended) => Err(self.ended_early(ended)),
+            Event::Signal(signal) | Event::Kill(signal) if signal != SIGWINCH => {
+                Ok(Some(128 + signal))
+            }
+            Event::Stop(_) => Ok(Some(128 + SIGTERM)),
+            _ => Ok(None),
+        }
     }
 
     /// Lets go of whoever started this process, where it is a supervisor.
@@ -246,11 +289,11 @@ impl Attendant {
                 Some(Event::Hello(Hello::Failed(reason))) => {
                     return Err(anyhow!("the guest cannot be used: {reason}"));
                 }
-                Some(Event::Machine(ended)) => return Err(self.ended_early(ended)),
-                Some(Event::Signal(SIGWINCH)) => {}
-                Some(Event::Signal(signal) | Event::Kill(signal)) => return Ok(Some(128 + signal)),
-                Some(Event::Stop(_)) => return Ok(Some(128 + SIGTERM)),
-                Some(_) => {}
+                Some(event) => {
+                    if let Some(code) = self.ended_by(event)? {
+                        return Ok(Some(code));
+                    }
+                }
             }
         }
     }
@@ -324,7 +367,7 @@ impl Attendant {
                 Some(Event::Session(None)) => {
                     self.deadline.get_or_insert(Instant::now() + GRACE);
                 }
-                Some(Event::Hello(_)) => {}
+                Some(Event::Hello(_) | Event::Folders(_)) => {}
             }
             if let Some(code) = progress.code
                 && progress.outputs_done == session.outputs()

@@ -48,6 +48,7 @@ impl Owner for Owned {
                 Net::Tap(name) => Some(name.clone()),
                 Net::None => None,
             },
+            mounts: self.mounts(),
             forwards: self.forwarder.list().map(shown).unwrap_or_default(),
             auto: changes.auto.unwrap_or(args.forward.publish_auto),
             exclude: changes
@@ -142,6 +143,10 @@ impl Owner for Owned {
 
     fn forward(&self, op: Op) -> Result<Answer, ControlError> {
         Ok(self.change(op)?)
+    }
+
+    fn mount(&self, op: Op) -> Result<Answer, ControlError> {
+        Ok(self.change_mounts(op)?)
     }
 
     fn ended(&self) -> &Latch {
@@ -289,7 +294,7 @@ impl Owned {
     }
 
     /// Writes down a change of what the machine declares.
-    fn note(&self, change: impl FnOnce(&mut Changes)) -> Result<()> {
+    pub(super) fn note(&self, change: impl FnOnce(&mut Changes)) -> Result<()> {
         let claim = self.claim();
         let claim = claim.as_ref().context("the machine is about to end")?;
         let mut definition = claim.definition()?;

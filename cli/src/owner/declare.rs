@@ -8,6 +8,8 @@ use anyhow::{Context, Result};
 
 use super::Owned;
 use crate::args::RunArgs;
+use crate::folder::Folders;
+use crate::folder::spec::Volume;
 use crate::forward::proxy::Proxy;
 use crate::forward::spec::{GuestEnd, HostEnd, PortRange, Publish};
 use crate::forward::{Auto, Declarations, Forwarder};
@@ -48,6 +50,21 @@ pub fn declarations(args: &RunArgs, definition: &Definition) -> Result<Declarati
     })
 }
 
+/// The folders that a machine from `args` whose definition is `definition` shares with its guest.
+pub fn folders(args: &RunArgs, definition: &Definition) -> Result<Folders> {
+    let declared = match &definition.changes.mounts {
+        None => args.folder.volume.clone(),
+        Some(list) => list.iter().map(volume).collect::<Result<_>>()?,
+    };
+    Ok(Folders::new(declared, args.user.clone(), args.cpus)?)
+}
+
+/// A folder that was declared at the control socket or is written down.
+pub fn volume(text: &Bytes) -> Result<Volume> {
+    let parsed = Volume::parse(text.as_os_str());
+    parsed.with_context(|| format!("{text} cannot be shared"))
+}
+
 /// The guest ports for which the host's are to be chosen.
 pub fn without_host_port(declared: &Declarations) -> Vec<String> {
     let rules = declared.publish.iter().flat_map(Publish::rules);
@@ -69,6 +86,10 @@ pub fn changes(args: &RunArgs, definition: &Definition) -> Changes {
     changes
         .reverse
         .get_or_insert_with(|| texts(&args.forward.reverse));
+    changes.mounts.get_or_insert_with(|| {
+        let typed = args.folder.volume.iter();
+        typed.map(|volume| volume.text().into()).collect()
+    });
     changes
 }
 

@@ -7,6 +7,7 @@ mod attend;
 mod clock;
 mod control;
 mod declare;
+mod mount;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
@@ -24,6 +25,7 @@ use crate::console::{Console, Tail};
 use crate::control::{Latch, Server, protocol::State};
 use crate::descriptors;
 use crate::event::{self, Event};
+use crate::folder::Folders;
 use crate::forward::{Forwarder, proxy::Proxy};
 use crate::instance::{Instance, Plan};
 use crate::record::{self, Stream};
@@ -50,6 +52,7 @@ pub struct Owned {
     started: Timestamp,
     instance: Instance,
     forwarder: Forwarder,
+    folders: Arc<Folders>,
     proxy: Option<Proxy>,
     events: Sender<Event>,
     /// None once the machine is nobody's any more.
@@ -114,6 +117,7 @@ pub fn own(
         result
     });
     machine.forwarder.end();
+    machine.folders.end();
     attendant.report();
     let code = attended?;
     Ok(ExitCode::from(u8::try_from(code & 0xff).unwrap_or(u8::MAX)))
@@ -127,9 +131,11 @@ fn make(
     console: Console,
     events: &Sender<Event>,
 ) -> Result<Arc<Owned>, (Claim, anyhow::Error)> {
-    let made = || -> Result<(&'static str, Instance, Forwarder, Option<Proxy>, Latch)> {
-        // What is in the way of a port shows before anything is booted.
-        let declared = declare::declarations(&args, &claim.definition()?)?;
+    let made = || -> Result<Made> {
+        // What is in the way of a port or a folder shows before anything is booted.
+        let definition = claim.definition()?;
+        let folders = declare::folders(&args, &definition)?;
+        let declared = declare::declarations(&args, &definition)?;
         let chosen = declare::without_host_port(&declared);
         let forwarder = Forwarder::new(declared, |announcement| {
             eprintln!("mvm: {announcement}");
@@ -148,25 +154,43 @@ fn make(
             console: Box::new(console),
         };
         let (accel, instance) = launch(plan, events)?;
-        Ok((accel, instance, forwarder, proxy, Latch::new()?))
+        Ok(Made {
+            accel,
+            instance,
+            forwarder,
+            folders,
+            proxy,
+            ended: Latch::new()?,
+        })
     };
     match made() {
         Err(error) => Err((claim, error)),
-        Ok((accel, instance, forwarder, proxy, ended)) => Ok(Arc::new(Owned {
+        Ok(made) => Ok(Arc::new(Owned {
             args,
             name: claim.name().clone(),
-            accel,
+            accel: made.accel,
             started: Timestamp::now(),
-            instance,
-            forwarder,
-            proxy,
+            instance: made.instance,
+            forwarder: made.forwarder,
+            folders: Arc::new(made.folders),
+            proxy: made.proxy,
             events: events.clone(),
             claim: Mutex::new(Some(claim)),
             state: Mutex::new(State::Starting),
             kernel: OnceLock::new(),
-            ended,
+            ended: made.ended,
         })),
     }
+}
+
+/// What can fail of an [`Owned`].
+struct Made {
+    accel: &'static str,
+    instance: Instance,
+    forwarder: Forwarder,
+    folders: Folders,
+    proxy: Option<Proxy>,
+    ended: Latch,
 }
 
 /// Makes the machine on this host's KVM, or in the outer Linux.

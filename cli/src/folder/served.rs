@@ -1,0 +1,315 @@
+//! One folder that a guest has mounted: its connections to the agent, and the threads that serve it.
+
+use std::ffi::OsStr;
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use agent::protocol::{
+    self, AGENT_PORT, FromMount, Mount, MountPoint, MountStream, Mounted, Open, ToMount,
+};
+use share::{HostEvent, Share};
+
+use super::error::FolderError;
+use super::gather::{self, Gathered};
+use super::stream::{Notices, Queue};
+use crate::link::Link;
+use crate::session;
+
+/// How long the guest may take to mount a folder: an emulated one is slow.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long threads may take to end when there is nothing more to serve.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// How many threads work on the requests of one queue.
+const THREADS: usize = 3;
+
+/// What the agent is told of a folder.
+#[derive(Debug)]
+pub struct Place<'a> {
+    /// Where the guest has it.
+    pub at: MountPoint,
+    /// What its list of mounts shows as its source.
+    pub source: &'a OsStr,
+    /// Whether it can change nothing.
+    pub read_only: bool,
+    /// How many queues carry its requests.
+    pub queues: u32,
+}
+
+/// A folder that is mounted until this is ended or dropped.
+#[derive(Debug)]
+pub struct Served {
+    shared: Arc<Shared>,
+}
+
+/// What the threads of a folder share.
+#[derive(Debug)]
+struct Shared {
+    share: Share,
+    queues: Arc<[Queue]>,
+    notices: Notices,
+    /// Held from a request to the agent until its answer.
+    control: Mutex<UnixStream>,
+    /// The same connection, to be ended by whoever wants to.
+    hang_up: UnixStream,
+    gathered: Gathered,
+    /// How many threads serve, and how many there are.
+    threads: Mutex<Threads>,
+    fewer: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Threads {
+    serving: usize,
+    all: usize,
+}
+
+impl Served {
+    /// Has the agent behind `link` mount `share` at `place`, and serves it from then on.
+    ///
+    /// # Errors
+    /// Where the agent cannot mount it, with its sentence, or is not reached.
+    pub fn start(link: &Link, share: Share, place: &Place<'_>) -> Result<Self, FolderError> {
+        let mode = share
+            .root_mode()
+            .map_err(|errno| FolderError::Lost(errno.into()))?;
+        let request = Mount {
+            mount: session::fresh_id(),
+            at: place.at.clone(),
+            source: place.source.as_bytes().to_vec(),
+            mode,
+            read_only: place.read_only,
+            queues: place.queues,
+        };
+        let served = Self::connect(link, share, &request).map_err(FolderError::Lost)?;
+        for queue in 0..served.shared.queues.len() {
+            for _ in 0..THREADS {
+                let serve = move |shared: &Shared| shared.serve(queue);
+                served
+                    .spawn("folder", true, serve)
+                    .map_err(FolderError::Thread)?;
+            }
+        }
+        let mounted = served.await_mounted()?;
+        let notify = |shared: &Shared| shared.watch();
+        let replay = move |shared: &Shared| shared.replay(mounted.replayer);
+        served
+            .spawn("folder-watch", false, notify)
+            .and_then(|()| served.spawn("folder-events", false, replay))
+            .map_err(FolderError::Thread)?;
+        Ok(served)
+    }
+
+    fn connect(link: &Link, share: Share, request: &Mount) -> io::Result<Self> {
+        let control = open(link, &Open::Mount(request.clone()))?;
+        let stream = |kind| {
+            let mount = request.mount;
+            open(link, &Open::MountStream { mount, kind })
+        };
+        let queues = (0..request.queues)
+            .map(|queue| stream(MountStream::Requests { queue }).map(Queue::new))
+            .collect::<io::Result<Arc<[Queue]>>>()?;
+        let notices = Notices::new(stream(MountStream::Notifications)?, queues.clone());
+        control.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                share,
+                queues,
+                notices,
+                hang_up: control.try_clone()?,
+                control: Mutex::new(control),
+                gathered: Gathered::default(),
+                threads: Mutex::default(),
+                fewer: Condvar::new(),
+            }),
+        })
+    }
+
+    fn await_mounted(&self) -> Result<Mounted, FolderError> {
+        let control = lock(&self.shared.control);
+        match answer(&control) {
+            Ok(FromMount::Mounted(mounted)) => {
+                // The host's changes take as long as they take.
+                control.set_read_timeout(None).map_err(FolderError::Lost)?;
+                mounted.map_err(FolderError::Refused)
+            }
+            Ok(_) => Err(FolderError::Lost(nonsense())),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(FolderError::TooSlow),
+            Err(error) => Err(FolderError::Lost(error)),
+        }
+    }
+
+    /// Runs `body` on a thread of its own; the folder counts as served while one that is `serving` does.
+    fn spawn(
+        &self,
+        name: &str,
+        serving: bool,
+        body: impl FnOnce(&Shared) + Send + 'static,
+    ) -> io::Result<()> {
+        let shared = self.shared.clone();
+        let counted = Counted::new(shared, serving);
+        thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || body(&counted.shared))?;
+        Ok(())
+    }
+
+    /// Whether the guest still has it.
+    pub fn is_there(&self) -> bool {
+        lock(&self.shared.threads).serving > 0
+    }
+
+    /// How many threads there are for it.
+    #[cfg(test)]
+    pub fn threads(&self) -> usize {
+        lock(&self.shared.threads).all
+    }
+
+    /// Takes it away from the guest, with `force` also from whoever uses it.
+    ///
+    /// # Errors
+    /// With the agent's sentence where it stays.
+    pub fn unmount(&self, force: bool) -> Result<(), FolderError> {
+        let asked = {
+            let control = lock(&self.shared.control);
+            ask(&control, &ToMount::Unmount { force })
+        };
+        match asked {
+            Ok(FromMount::Unmounted(outcome)) => outcome.map_err(FolderError::Refused)?,
+            Ok(_) => return Err(FolderError::Lost(nonsense())),
+            // It was unmounted in the guest meanwhile.
+            Err(error) if !self.is_there() => tracing::debug!("the folder is gone: {error}"),
+            Err(error) => return Err(FolderError::Lost(error)),
+        }
+        self.end();
+        let threads = lock(&self.shared.threads);
+        // What hangs in a system call on a filesystem that does not answer ends when that does.
+        let fewer = &self.shared.fewer;
+        drop(fewer.wait_timeout_while(threads, FAREWELL, |threads| threads.all > 0));
+        Ok(())
+    }
+
+    /// Ends all threads; whoever uses it in the guest gets errors from then on.
+    pub fn end(&self) {
+        self.shared.end();
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Shared {
+    fn end(&self) {
+        self.share.stop();
+        self.gathered.end();
+        self.notices.end();
+        for queue in &*self.queues {
+            queue.end();
+        }
+        // The agent may have hung up first.
+        let _ = self.hang_up.shutdown(Shutdown::Both);
+    }
+
+    fn serve(&self, queue: usize) {
+        let Some(queue) = self.queues.get(queue) else {
+            return;
+        };
+        if let Err(error) = share::serve(&self.share, queue) {
+            // One that makes no sense is not served any more at all.
+            tracing::debug!("a folder's connection broke: {error}");
+        }
+        queue.end();
+    }
+
+    fn watch(&self) {
+        let mut tell = |events: &[HostEvent]| self.gathered.add(events);
+        if let Err(error) = share::watch(&self.share, &self.notices, &mut tell) {
+            tracing::debug!("a folder's changes are not followed any more: {error}");
+        }
+    }
+
+    /// Has the agent do the host's changes again, until this ends.
+    fn replay(&self, replayer: u32) {
+        while let Some(events) = self.gathered.take() {
+            let changes = events.iter().cloned().map(gather::told).collect();
+            let control = lock(&self.control);
+            self.share.replay(replayer, events);
+            let replayed = ask(&control, &ToMount::Replay(changes));
+            self.share.replayed();
+            match replayed {
+                Ok(FromMount::Replayed) => {}
+                Ok(_) => return tracing::warn!("{}", nonsense()),
+                Err(error) => return tracing::debug!("a folder's agent is gone: {error}"),
+            }
+        }
+    }
+}
+
+/// A thread that counts, for as long as it runs.
+struct Counted {
+    shared: Arc<Shared>,
+    serving: usize,
+}
+
+impl Counted {
+    fn new(shared: Arc<Shared>, serving: bool) -> Self {
+        let serving = usize::from(serving);
+        {
+            let mut threads = lock(&shared.threads);
+            threads.all += 1;
+            threads.serving += serving;
+        }
+        Self { shared, serving }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let mut threads = lock(&self.shared.threads);
+        threads.all -= 1;
+        threads.serving -= self.serving;
+        let is_over = self.serving > 0 && threads.serving == 0;
+        drop(threads);
+        if is_over {
+            // The guest has it no more: nothing is left to watch.
+            self.shared.end();
+        }
+        self.shared.fewer.notify_all();
+    }
+}
+
+fn open(link: &Link, first: &Open) -> io::Result<UnixStream> {
+    let stream = link.connect(AGENT_PORT)?;
+    protocol::send(&stream, first)?;
+    Ok(stream)
+}
+
+fn ask(mut control: &UnixStream, request: &ToMount) -> io::Result<FromMount> {
+    protocol::send(&mut control, request)?;
+    answer(control)
+}
+
+fn answer(control: &UnixStream) -> io::Result<FromMount> {
+    let answer = protocol::receive(control)?;
+    answer.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+}
+
+fn nonsense() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        "the guest's agent answers something else than it was asked",
+    )
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,224 @@
+//! Whole FUSE messages on the byte streams between this process and the guest's agent.
+//!
+//! Each message begins with its length, as the kernel has it (`fuse_in_header.len`, `fuse_out_header.len`),
+//! and nothing else stands between them.
+
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use agent::protocol::AFTER_REPLIES;
+use share::Channel;
+
+/// How much is read at a time, bytes: many small requests, or the beginning of a large one, whose rest is
+/// read to where it belongs.
+const BUFFER: usize = 64 << 10;
+
+/// The length of `struct fuse_in_header`.
+const REQUEST_HEADER: usize = 40;
+
+/// The length of `struct fuse_out_header`.
+const NOTICE_HEADER: usize = 16;
+
+/// One of a mount's queues of requests: several threads may take from it and answer.
+#[derive(Debug)]
+pub struct Queue {
+    stream: UnixStream,
+    input: Mutex<Input>,
+    /// Held while a reply is written.
+    output: Mutex<()>,
+    /// How many replies were written, all of them before this says so.
+    replies: AtomicU64,
+}
+
+/// What was read and not taken yet: `buffer[start..end]`.
+#[derive(Debug)]
+struct Input {
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+}
+
+impl Queue {
+    /// The requests that come on `stream`.
+    pub fn new(stream: UnixStream) -> Self {
+        Self {
+            stream,
+            input: Mutex::new(Input {
+                buffer: vec![0; BUFFER].into(),
+                start: 0,
+                end: 0,
+            }),
+            output: Mutex::new(()),
+            replies: AtomicU64::new(0),
+        }
+    }
+
+    /// Ends it, whoever waits for more.
+    pub fn end(&self) {
+        // Whoever is at the other end may have closed it.
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+impl Channel for Queue {
+    fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        match lock(&self.input).take(&self.stream, buffer) {
+            // The guest was ended in the middle of something.
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(0),
+            taken => taken,
+        }
+    }
+
+    fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        let _writing = lock(&self.output);
+        write_all(&self.stream, parts)?;
+        self.replies.fetch_add(1, Ordering::Release);
+        Ok(())
+    }
+}
+
+impl Input {
+    /// Takes the next message; zero at the end.
+    fn take(&mut self, mut stream: &UnixStream, message: &mut [u8]) -> io::Result<usize> {
+        if !self.fill(stream, size_of::<u32>())? {
+            return Ok(0);
+        }
+        let length = self.announced().ok_or(ErrorKind::InvalidData)?;
+        let Some(message) = message.get_mut(..length) else {
+            return Err(invalid(format!(
+                "the guest announces a request of {length} bytes"
+            )));
+        };
+        if length < REQUEST_HEADER {
+            return Err(invalid(format!(
+                "the guest announces a request of {length} bytes, fewer than its header has"
+            )));
+        }
+        let here = (self.end - self.start).min(length);
+        let (head, rest) = message.split_at_mut(here);
+        head.copy_from_slice(&self.buffer[self.start..self.start + here]);
+        self.start += here;
+        stream.read_exact(rest)?;
+        Ok(length)
+    }
+
+    /// Has at least `wanted` bytes in the buffer; false where the stream has ended before the first.
+    fn fill(&mut self, mut stream: &UnixStream, wanted: usize) -> io::Result<bool> {
+        if self.end - self.start >= wanted {
+            return Ok(true);
+        }
+        self.buffer.copy_within(self.start..self.end, 0);
+        self.end -= self.start;
+        self.start = 0;
+        while self.end < wanted {
+            match stream.read(&mut self.buffer[self.end..]) {
+                Ok(0) if self.end == 0 => return Ok(false),
+                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(length) => self.end += length,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    /// The length that the next message begins with.
+    fn announced(&self) -> Option<usize> {
+        let bytes = self.buffer.get(self.start..self.end)?;
+        let length = u32::from_ne_bytes(*bytes.first_chunk()?);
+        usize::try_from(length).ok()
+    }
+}
+
+/// The way of a mount's notifications, which come after all replies that were sent before them.
+#[derive(Debug)]
+pub struct Notices {
+    stream: UnixStream,
+    queues: Arc<[Queue]>,
+    /// How many replies of each queue the agent was told to wait for.
+    told: Mutex<Vec<u64>>,
+}
+
+impl Notices {
+    /// Those that go to `stream`, while replies go to `queues`.
+    pub fn new(stream: UnixStream, queues: Arc<[Queue]>) -> Self {
+        Self {
+            stream,
+            told: Mutex::new(vec![0; queues.len()]),
+            queues,
+        }
+    }
+
+    /// Ends it.
+    pub fn end(&self) {
+        let _ = self.stream.shutdown(Shutdown::Both);
+    }
+}
+
+impl Channel for Notices {
+    fn receive(&self, _: &mut [u8]) -> io::Result<usize> {
+        Ok(0)
+    }
+
+    fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        let mut told = lock(&self.told);
+        let sent: Vec<u64> = self
+            .queues
+            .iter()
+            .map(|queue| queue.replies.load(Ordering::Acquire))
+            .collect();
+        if sent != *told {
+            write_all(&self.stream, &[IoSlice::new(&after(&sent))])?;
+            *told = sent;
+        }
+        write_all(&self.stream, parts)
+    }
+}
+
+/// What tells the agent to wait for so many replies of each queue.
+fn after(replies: &[u64]) -> Vec<u8> {
+    let length = NOTICE_HEADER + size_of_val(replies);
+    let mut message = Vec::with_capacity(length);
+    message.extend(u32::try_from(length).unwrap_or(u32::MAX).to_ne_bytes());
+    message.extend(AFTER_REPLIES.to_ne_bytes());
+    message.extend(0_u64.to_ne_bytes());
+    for count in replies {
+        message.extend(count.to_le_bytes());
+    }
+    message
+}
+
+/// Writes one message, most often with a single system call.
+fn write_all(mut stream: &UnixStream, parts: &[IoSlice<'_>]) -> io::Result<()> {
+    let mut written = loop {
+        match stream.write_vectored(parts) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            outcome => break outcome?,
+        }
+    };
+    for part in parts {
+        match part.get(written..) {
+            Some(rest) => {
+                stream.write_all(rest)?;
+                written = 0;
+            }
+            None => written -= part.len(),
+        }
+    }
+    Ok(())
+}
+
+fn invalid(sentence: String) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, sentence)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+#[path = "stream_tests.rs"]
+mod tests;
