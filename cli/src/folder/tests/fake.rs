@@ -251,7 +251,11 @@ fn requests(mut device: File, mut stream: UnixStream) {
         match device.read(&mut buffer) {
             Ok(length) => {
                 if stream.write_all(&buffer[..length]).is_err() {
-                    return;
+                    // Nobody serves it any more: whoever waits is let go.
+                    let mut reply = 16_u32.to_ne_bytes().to_vec();
+                    reply.extend((-103_i32).to_ne_bytes());
+                    reply.extend(&buffer[8..16]);
+                    let _ = device.write(&reply);
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
