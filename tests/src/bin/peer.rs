@@ -3,9 +3,10 @@
 //!
 //! ```text
 //! peer MODE ADDRESS:PORT | vsock:PORT | unix:PATH
+//! peer inotify DIR…
 //! ```
 //!
-//! It says `listening` when it listens. One thread a connection, but for `echo`, which is made for many.
+//! It says `listening` when it listens, or watches. One thread a connection, but for `echo`, which is made for many.
 
 use std::env;
 use std::io::{self, BufRead, BufReader, Read, Write};
@@ -21,6 +22,8 @@ use vsock::{VMADDR_CID_ANY, VsockListener, VsockStream};
 
 #[path = "peer/echo.rs"]
 mod echo;
+#[path = "peer/inotify.rs"]
+mod inotify;
 
 /// What a static page is about as long as, in bytes.
 const PAGE: usize = 1024;
@@ -33,6 +36,7 @@ fn main() -> ExitCode {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let result = match words[..] {
         ["clock"] => clock(),
+        ["inotify", ref dirs @ ..] => inotify::watch(dirs),
         ["echo", at] if at.starts_with("vsock:") => serve(at, echo_one),
         ["echo", at] => echo::serve(at),
         ["discard", at] => serve(at, discard),

@@ -10,6 +10,7 @@ mod copy;
 mod disks;
 mod doctor;
 mod exec;
+mod folders;
 mod guest_failures;
 mod kernels;
 mod logs;

@@ -1,0 +1,57 @@
+//! A program that watches directories, as those do that build again whatever was changed.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::path::PathBuf;
+
+use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
+use rustix::io::Errno;
+
+/// Says what happens in `dirs`, an event a line: what, where, and which rename it belongs to.
+pub fn watch(dirs: &[&str]) -> io::Result<()> {
+    let queue = inotify::init(CreateFlags::CLOEXEC)?;
+    let wanted = WatchFlags::CREATE
+        | WatchFlags::MODIFY
+        | WatchFlags::CLOSE_WRITE
+        | WatchFlags::ATTRIB
+        | WatchFlags::DELETE
+        | WatchFlags::MOVE;
+    let mut watched = Vec::new();
+    for dir in dirs {
+        watched.push((
+            inotify::add_watch(&queue, *dir, wanted)?,
+            PathBuf::from(dir),
+        ));
+    }
+    super::say("listening");
+    let mut buffer = [MaybeUninit::uninit(); 64 << 10];
+    let mut reader = inotify::Reader::new(&queue, &mut buffer);
+    let mut cookies = Vec::new();
+    loop {
+        let event = match reader.next() {
+            Err(Errno::INTR) => continue,
+            event => event?,
+        };
+        let what: Vec<_> = (event.events() - ReadFlags::ISDIR)
+            .iter_names()
+            .map(|(name, _)| name)
+            .collect();
+        let dir = watched.iter().find(|(number, _)| *number == event.wd());
+        let mut path = dir.map(|(_, dir)| dir.clone()).unwrap_or_default();
+        if let Some(name) = event.file_name() {
+            path.push(name.to_string_lossy().as_ref());
+        }
+        let rename = match event.cookie() {
+            0 => String::new(),
+            cookie => {
+                let known = cookies.iter().position(|known| *known == cookie);
+                let index = known.unwrap_or_else(|| {
+                    cookies.push(cookie);
+                    cookies.len() - 1
+                });
+                format!(" #{index}")
+            }
+        };
+        super::say(&format!("{} {}{rename}", what.join("|"), path.display()));
+    }
+}
