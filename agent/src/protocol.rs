@@ -52,11 +52,10 @@ pub enum Hello {
     Failed(String),
 }
 
-/// The first message of a connection to [`AGENT_PORT`].
+/// The first message of a connection to [`AGENT_PORT`]. The host may take its time before it begins: it makes some
+/// connections in advance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Open {
-    /// Another first message follows, at any time: the connection was made in advance.
-    Later,
     /// Run a command; the connection goes on with [`ToSession`] and [`FromSession`].
     ///
     /// The command starts when all the streams that it needs have been opened: Terminal with

@@ -140,7 +140,7 @@ fn serve(machine: &Machine, connection: Connection, open: Open) -> io::Result<()
         }
         Open::Identify { user } => protocol::send(&connection, &identify(machine, &user)),
         // The reactor's own, which it hands to nobody.
-        Open::Later | Open::Dial(_) | Open::Attach { .. } | Open::Forward | Open::Datagrams => {
+        Open::Dial(_) | Open::Attach { .. } | Open::Forward | Open::Datagrams => {
             Ok(())
         }
         Open::Pack(request) => copy::pack(machine, &connection, request),

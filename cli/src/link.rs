@@ -75,16 +75,12 @@ pub struct AgentLink {
 
 impl AgentLink {
     /// The agent of the guest behind `link`.
-    pub fn new(link: Link) -> io::Result<Self> {
+    pub fn new(link: Link) -> Self {
         let spares = match &link {
-            Link::Machine(vsock) => {
-                let mut head = Vec::new();
-                protocol::send(&mut head, &Open::Later)?;
-                Some(Spares::new(vsock.clone(), AGENT_PORT, head))
-            }
+            Link::Machine(vsock) => Some(Spares::new(vsock.clone(), AGENT_PORT, Vec::new())),
             _ => None,
         };
-        Ok(Self { link, spares })
+        Self { link, spares }
     }
 
     /// Opens a stream to the agent.
@@ -143,22 +139,21 @@ impl Relayed {
     pub fn join_with_line(&self, port: u32, stream: OwnedFd) -> io::Result<()> {
         let mut bytes = Vec::new();
         protocol::send(&mut bytes, &Relay::DialWithLine(port))?;
-        self.joiner.join(self.port, &[], &bytes, stream)
+        self.joiner.join(self.port, &bytes, stream)
     }
 
     /// As [`Link::join`] to the agent, by a connection that was made in advance where there is one.
     fn join_agent(&self, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
         let mut head = Vec::new();
         protocol::send(&mut head, &Relay::Dial(AGENT_PORT))?;
-        protocol::send(&mut head, &Open::Later)?;
-        self.joiner.join(self.port, &head, prelude, stream)
+        self.joiner.join_spare(self.port, &head, prelude, stream)
     }
 
     fn join(&self, port: u32, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
         let mut bytes = Vec::new();
         protocol::send(&mut bytes, &Relay::Dial(port))?;
         bytes.extend_from_slice(prelude);
-        self.joiner.join(self.port, &[], &bytes, stream)
+        self.joiner.join(self.port, &bytes, stream)
     }
 }
 

@@ -5,9 +5,11 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use agent::protocol::{DialError, FromForwarder, Target};
+use rustix::net::{AddressFamily, sockopt};
 
 use super::control::Owner;
 use super::dial::{Dialed, Dialing};
+use super::greeting::Caller;
 use super::listen::Listening;
 use super::pair::{self, Pair, Side};
 use super::poller::Token;
@@ -27,7 +29,7 @@ pub(super) const MAX_HELD: usize = 1024;
 /// What a connection in the guest is for.
 pub(super) enum Purpose {
     /// To be joined to this one of the host.
-    Join(OwnedFd),
+    Join(Caller),
     /// To be held under a token.
     Hold { owner: Owner, token: u64 },
     /// Not one, but a socket that listens.
@@ -88,14 +90,9 @@ impl Held {
 }
 
 impl Reactor {
-    /// Connects to `target` for the host's `connection`.
-    pub(super) fn join(
-        &mut self,
-        index: Index,
-        connection: OwnedFd,
-        target: Target,
-    ) -> Option<State> {
-        self.begin(index, target, Purpose::Join(connection))
+    /// Connects to `target` for the host's connection.
+    pub(super) fn join(&mut self, index: Index, caller: Caller, target: Target) -> Option<State> {
+        self.begin(index, target, Purpose::Join(caller))
     }
 
     /// Connects to `target`, to be held under `token`.
@@ -187,7 +184,10 @@ impl Reactor {
             }
         };
         match self.go_on(index, resolving, answer) {
-            Some(state) => self.states.put(index, state),
+            Some(state) => {
+                self.states.put(index, state);
+                self.states.enqueue(index);
+            }
             None => self.states.free(index),
         }
     }
@@ -208,7 +208,7 @@ impl Reactor {
             }
             (Ok(Found::Stream(guest)), purpose) => {
                 match self.poller.watch(&guest, Token::Entry(index, Side::Guest)) {
-                    Ok(()) => self.connected(index, guest, purpose),
+                    Ok(()) => self.connected(index, guest, AddressFamily::UNIX, purpose),
                     Err(error) => self.failed(purpose, DialError::Other(error.to_string())),
                 }
             }
@@ -228,17 +228,22 @@ impl Reactor {
         let poller = &self.poller;
         match dial.attempts.proceed(|socket| poller.watch(socket, token)) {
             Dialed::Waiting => Some(State::Dialing(dial)),
-            Dialed::Connected(guest) => self.connected(index, guest, dial.purpose),
+            Dialed::Connected(guest) => {
+                self.connected(index, guest, AddressFamily::INET, dial.purpose)
+            }
             Dialed::Failed(error) => self.failed(dial.purpose, error),
         }
     }
 
-    fn connected(&mut self, index: Index, guest: OwnedFd, purpose: Purpose) -> Option<State> {
+    fn connected(
+        &mut self,
+        index: Index,
+        guest: OwnedFd,
+        family: AddressFamily,
+        purpose: Purpose,
+    ) -> Option<State> {
         match purpose {
-            Purpose::Join(host) => {
-                self.states.enqueue(index);
-                Some(State::Pair(Pair::new(host, guest)))
-            }
+            Purpose::Join(host) => Some(State::Pair(Pair::new(host, guest, family))),
             Purpose::Hold { owner, token } => {
                 let result = Ok(());
                 let dialed = FromForwarder::Dialed { token, result };
@@ -304,7 +309,7 @@ impl Reactor {
     }
 
     /// Joins the host's connection to the one held under `token`; it is dropped where there is none.
-    pub(super) fn attach(&mut self, connection: OwnedFd, token: u64) {
+    pub(super) fn attach(&mut self, caller: Caller, token: u64) {
         let Some(&index) = self.tokens.get(&token) else {
             return;
         };
@@ -316,13 +321,15 @@ impl Reactor {
         self.tokens.remove(&token);
         let renamed = self
             .poller
-            .rename(&connection, Token::Entry(index, Side::Host));
+            .rename(&caller.connection, Token::Entry(index, Side::Host));
         if let Err(error) = renamed {
             eprintln!("mvm-agent: a connection from the host cannot be watched: {error}");
             pair::reset(&held.guest);
             return self.states.free(index);
         }
-        let pair = Pair::new(connection, held.guest);
+        // Where that cannot be told, it is as good as the one that takes more care.
+        let family = sockopt::socket_domain(&held.guest).unwrap_or(AddressFamily::UNIX);
+        let pair = Pair::new(caller, held.guest, family);
         self.states.put(index, State::Pair(pair));
         self.states.enqueue(index);
     }

@@ -10,14 +10,16 @@
 //! is closed without having been shut down for writing, a TCP connection with SO_LINGER 0. As TCP
 //! does, a reset overtakes what the other end has no room for, and nothing else.
 
+use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
-use rustix::net::{SendFlags, Shutdown, send, shutdown, sockopt};
+use rustix::net::{AddressFamily, SendFlags, Shutdown, send, shutdown, sockopt};
 
 use super::buffers::{Buffers, Rest};
+use super::greeting::Caller;
 
 /// What is read at a time of a connection that has carried little so far, or takes little.
 const READ_SIZE_MIN: usize = 16 << 10;
@@ -66,6 +68,15 @@ struct End {
     shut: bool,
     /// Its peer is gone, and so are bytes that it was to get.
     broken: bool,
+    /// An event said that its peer ended or is gone; which of the two was not asked yet.
+    suspect: bool,
+    /// A read that gives less than there is room for has emptied it, and the next event tells of more.
+    /// Not before it was seen empty, nor where the end or urgent data may follow what was read.
+    short_read_empties: bool,
+    /// Each message with descriptors ends a read.
+    may_carry_descriptors: bool,
+    /// Bytes to be read that are not for the other end.
+    unread: usize,
     /// How much is read for it at a time, as a power of two times [`READ_SIZE_MIN`].
     appetite: u8,
     /// What it did not take yet: never empty.
@@ -73,12 +84,15 @@ struct End {
 }
 
 impl Pair {
-    /// Joins two connected, non-blocking sockets.
-    pub fn new(host: OwnedFd, guest: OwnedFd) -> Self {
-        Self {
-            host: End::new(host, Side::Host),
+    /// Joins two connected, non-blocking sockets; the one in the guest is of this family.
+    pub fn new(host: Caller, guest: OwnedFd, family: AddressFamily) -> Self {
+        let mut pair = Self {
+            host: End::new(host.connection, Side::Host),
             guest: End::new(guest, Side::Guest),
-        }
+        };
+        pair.host.unread = host.unread;
+        pair.guest.may_carry_descriptors = family == AddressFamily::UNIX;
+        pair
     }
 
     /// Takes note of an event, which is a hint only: it may be stale.
@@ -93,8 +107,9 @@ impl Pair {
         if flags.contains(EventFlags::ERR) {
             end.broken |= !matches!(sockopt::socket_error(&end.socket), Ok(Ok(())));
         }
-        if flags.intersects(closed) {
-            end.broken |= end.was_closed();
+        end.suspect |= flags.intersects(closed);
+        if flags.intersects(closed | EventFlags::PRI) {
+            end.short_read_empties = false;
         }
     }
 
@@ -138,6 +153,10 @@ impl End {
             ended: false,
             shut: false,
             broken: false,
+            suspect: false,
+            short_read_empties: false,
+            may_carry_descriptors: false,
+            unread: 0,
             appetite: 0,
             leftover: None,
         }
@@ -158,6 +177,9 @@ impl End {
     fn pass_on(&mut self, to: &mut Self, buffers: &mut Buffers) -> Progress {
         to.write_leftover(buffers);
         if to.leftover.is_some() || !to.writable || !self.readable || self.ended || to.broken {
+            if std::mem::take(&mut self.suspect) {
+                self.broken |= self.was_closed();
+            }
             return Progress::Idle;
         }
         let size = buffers.limit(READ_SIZE_MIN << to.appetite);
@@ -171,16 +193,23 @@ impl End {
                 Progress::Idle
             }
             Ok(length) => {
-                to.take(length, buffers);
+                let skipped = self.unread.min(length);
+                self.unread -= skipped;
+                to.take(skipped..length, buffers);
+                self.readable = length == size || !self.short_read_empties;
                 // Only what fills the buffer is a reason to ask for more at a time.
                 let most = READ_SIZE_MIN << to.appetite;
                 if length == most && to.leftover.is_none() && most < buffers.size() {
                     to.appetite += 1;
                 }
-                Progress::More
+                match self.readable {
+                    true => Progress::More,
+                    false => Progress::Idle,
+                }
             }
             Err(Errno::AGAIN) => {
                 self.readable = false;
+                self.short_read_empties = !self.may_carry_descriptors;
                 Progress::Idle
             }
             Err(Errno::INTR) => Progress::More,
@@ -191,11 +220,12 @@ impl End {
         }
     }
 
-    /// Writes the first `length` bytes of the shared buffer, and keeps what was not taken.
-    fn take(&mut self, length: usize, buffers: &mut Buffers) {
-        let taken = self.write(buffers.shared().get(..length).unwrap_or_default());
-        if taken < length && !self.broken {
-            self.leftover = Some(Box::new(buffers.keep(taken..length)));
+    /// Writes these bytes of the shared buffer, and keeps what was not taken.
+    fn take(&mut self, bytes: Range<usize>, buffers: &mut Buffers) {
+        let rest = buffers.shared().get(bytes.clone()).unwrap_or_default();
+        let from = bytes.start + self.write(rest);
+        if from < bytes.end && !self.broken {
+            self.leftover = Some(Box::new(buffers.keep(from..bytes.end)));
         }
     }
 
@@ -281,7 +311,11 @@ mod tests {
             (OwnedFd::from(near), far)
         };
         let ((host, mut writer), (guest, mut reader)) = (sockets(), sockets());
-        let mut pair = Pair::new(host, guest);
+        let host = Caller {
+            connection: host,
+            unread: 0,
+        };
+        let mut pair = Pair::new(host, guest, AddressFamily::UNIX);
         let mut bytes = [7; READ_SIZE_MIN];
         // More often than anything that counts rounds in a byte could bear.
         for _ in 0..300 {

@@ -104,6 +104,7 @@ impl Poller {
 }
 
 const EDGES: EventFlags = EventFlags::IN
+    .union(EventFlags::PRI)
     .union(EventFlags::OUT)
     .union(EventFlags::RDHUP)
     .union(EventFlags::ET);

@@ -32,7 +32,7 @@ use crate::tree::Tree;
 /// Connections at a time, those included that have not said yet what they are for.
 const MAX_CONNECTIONS: usize = 16_384;
 
-/// How long a connection may take over its first message.
+/// How long a connection may take over its first message, once that has begun.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long to wait after a connection could not be accepted, so that a lasting failure does not spin.
@@ -202,7 +202,14 @@ impl Reactor {
             waiting @ (State::Resolving(_) | State::Held(_) | State::Pair(_)) => Some(waiting),
         };
         match next {
-            Some(state) => self.states.put(index, state),
+            Some(state) => {
+                let is_new_pair = matches!(state, State::Pair(_));
+                self.states.put(index, state);
+                if is_new_pair {
+                    // What the host has to say is there already, as a rule.
+                    self.turn(index);
+                }
+            }
             None => self.states.free(index),
         }
     }
@@ -272,10 +279,8 @@ impl Reactor {
             eprintln!("mvm-agent: a connection from the host cannot be watched: {error}");
             return self.states.free(index);
         }
-        let deadline = Instant::now() + GREETING_TIMEOUT;
-        self.poller.look_at(index, deadline);
-        let greeting = Greeting::new(connection, Some(deadline));
-        self.states.put(index, State::Greeting(greeting));
+        self.states
+            .put(index, State::Greeting(Greeting::new(connection)));
     }
 
     /// Whether there is no room for one more.
@@ -284,25 +289,37 @@ impl Reactor {
     }
 
     fn greet(&mut self, index: Index, greeting: Greeting) -> Option<State> {
-        let (connection, open) = match greeting.read() {
-            Ok(Heard::Nothing(greeting)) => return Some(State::Greeting(greeting)),
+        let (caller, open) = match greeting.read() {
+            Ok(Heard::Nothing(mut greeting)) => {
+                if greeting.deadline.is_none() && greeting.has_begun() {
+                    let deadline = Instant::now() + GREETING_TIMEOUT;
+                    self.poller.look_at(index, deadline);
+                    greeting.deadline = Some(deadline);
+                }
+                return Some(State::Greeting(greeting));
+            }
             Ok(Heard::End) => return None,
-            Ok(Heard::Message(connection, open)) => (connection, open),
+            Ok(Heard::Message(caller, open)) => (caller, open),
             Err(error) => {
                 eprintln!("mvm-agent: a connection from the host ended early: {error}");
                 return None;
             }
         };
-        match open {
-            Open::Later => {
-                self.states.enqueue(index);
-                Some(State::Greeting(Greeting::new(connection, None)))
-            }
-            Open::Dial(target) => self.join(index, connection, target),
+        let connection = match open {
+            Open::Dial(target) => return self.join(index, caller, target),
             Open::Attach { token } => {
-                self.attach(connection, token);
-                None
+                self.attach(caller, token);
+                return None;
             }
+            _ => match caller.read_rest() {
+                Ok(connection) => connection,
+                Err(error) => {
+                    eprintln!("mvm-agent: a connection from the host ended early: {error}");
+                    return None;
+                }
+            },
+        };
+        match open {
             Open::Forward => Some(self.control(index, connection)),
             Open::Datagrams => self.carrier(index, connection),
             open => {

@@ -2,9 +2,9 @@
 //! their bytes then pass through no other process of the host.
 //!
 //! A message of this `SOCK_SEQPACKET` socket is a vsock port and a length (u32 each, little endian), what
-//! the guest is to be sent first, and one stream socket (`SCM_RIGHTS`). So many of the first bytes as the
-//! length says are the same for many connections: some are made, and sent these, in advance. Nothing is
-//! answered: where the guest refuses, the socket is reset.
+//! the guest is to be sent first, and one stream socket (`SCM_RIGHTS`). Where the length is one, so many of
+//! the first bytes are the same for many connections: some are made, and sent these, in advance. Nothing
+//! is answered: where the guest refuses, the socket is reset.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -25,6 +25,9 @@ use crate::spares::Spares;
 
 /// Bytes of each of the two numbers before what is sent first.
 const NUMBER: usize = 4;
+
+/// Stands for a length where nothing is to be made in advance.
+const NO_SPARE: u32 = u32::MAX;
 
 /// The longest message.
 const MAX_MESSAGE: usize = 2 * NUMBER + MAX_PRELUDE;
@@ -49,13 +52,35 @@ impl Joiner {
         Ok(Self(socket))
     }
 
-    /// Joins `stream` to a connection to vsock port `port` of the outer Linux, which is sent `head` and
-    /// then `prelude`. Connections that are sent `head` are made in advance from now on, unless it is empty.
-    pub fn join(&self, port: u32, head: &[u8], prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
+    /// Joins `stream` to a connection to vsock port `port` of the outer Linux, which is sent `prelude`
+    /// first.
+    pub fn join(&self, port: u32, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
+        self.send(port, NO_SPARE, [&[], prelude], stream)
+    }
+
+    /// Joins `stream` to a connection that is sent `head` and then `prelude`. From now on some connections
+    /// are made, and sent `head`, in advance.
+    pub fn join_spare(
+        &self,
+        port: u32,
+        head: &[u8],
+        prelude: &[u8],
+        stream: OwnedFd,
+    ) -> io::Result<()> {
+        let split = u32::try_from(head.len()).map_err(io::Error::other)?;
+        self.send(port, split, [head, prelude], stream)
+    }
+
+    fn send(
+        &self,
+        port: u32,
+        split: u32,
+        [head, prelude]: [&[u8]; 2],
+        stream: OwnedFd,
+    ) -> io::Result<()> {
         if head.len() + prelude.len() > MAX_PRELUDE {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let split = u32::try_from(head.len()).map_err(io::Error::other)?;
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         let streams = [stream.as_fd()];
@@ -138,9 +163,9 @@ fn join(vsock: &VsockHandle, spares: &mut Option<Spares>, request: Request) -> i
         prelude,
         stream,
     } = request;
-    if head.is_empty() {
+    let Some(head) = head else {
         return vsock.join(port, prelude, stream);
-    }
+    };
     if !spares
         .as_ref()
         .is_some_and(|spares| spares.are(port, &head))
@@ -156,7 +181,7 @@ fn join(vsock: &VsockHandle, spares: &mut Option<Spares>, request: Request) -> i
 /// A message.
 struct Request {
     port: u32,
-    head: Vec<u8>,
+    head: Option<Vec<u8>>,
     prelude: Vec<u8>,
     stream: OwnedFd,
 }
@@ -197,11 +222,16 @@ fn receive(client: &OwnedFd) -> io::Result<Option<Request>> {
 fn parse(bytes: &[u8], stream: OwnedFd) -> Option<Request> {
     let (port, rest) = bytes.split_first_chunk::<NUMBER>()?;
     let (split, rest) = rest.split_first_chunk::<NUMBER>()?;
-    let split = usize::try_from(u32::from_le_bytes(*split)).ok()?;
-    let (head, prelude) = rest.split_at_checked(split)?;
+    let (head, prelude) = match u32::from_le_bytes(*split) {
+        NO_SPARE => (None, rest),
+        split => {
+            let (head, prelude) = rest.split_at_checked(usize::try_from(split).ok()?)?;
+            (Some(head.to_vec()), prelude)
+        }
+    };
     Some(Request {
         port: u32::from_le_bytes(*port),
-        head: head.to_vec(),
+        head,
         prelude: prelude.to_vec(),
         stream,
     })

@@ -149,8 +149,9 @@ impl Attendant {
 
     /// Runs the command, or waits for the end of a machine that has none.
     fn attend_guest(&mut self, link: &Link) -> Result<i32> {
-        AgentLink::new(link.clone())
-            .and_then(|agent| self.machine.forwarder.attach(agent))
+        self.machine
+            .forwarder
+            .attach(AgentLink::new(link.clone()))
             .context("the guest's ports cannot be forwarded")?;
         declare::offer_ssh_agent(&self.machine);
         // The guest's own clock began when its kernel was some way into its boot.

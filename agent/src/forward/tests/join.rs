@@ -37,7 +37,7 @@ fn pattern(length: usize, seed: u32) -> Vec<u8> {
 #[test]
 fn a_connection_that_was_made_in_advance_waits_as_long_as_it_has_to() {
     let (door, mut reactor) = tests::reactor(Handle::new().unwrap(), Tree::own().unwrap());
-    let host = connect_to(&door, &Open::Later);
+    let host = UnixStream::connect_addr(&door).unwrap();
     let waits = |state: &State| matches!(state, State::Greeting(said) if said.deadline.is_none());
     while reactor.states.count(waits) == 0 {
         reactor.round().unwrap();
