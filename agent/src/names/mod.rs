@@ -78,6 +78,8 @@ fn is_routed(address: IpAddr) -> bool {
 #[derive(Debug, PartialEq, Eq)]
 struct Configuration {
     servers: Vec<SocketAddr>,
+    /// No server is named: there may be none.
+    is_bare: bool,
     /// Suffixes for names that are not complete.
     search: Vec<String>,
     /// A name with this many dots is first tried as it is.
@@ -93,6 +95,7 @@ impl Configuration {
     fn parse(text: &str) -> Self {
         let mut parsed = Self {
             servers: Vec::new(),
+            is_bare: false,
             search: Vec::new(),
             dots: 1,
             timeout: Duration::from_secs(5),
@@ -112,6 +115,7 @@ impl Configuration {
         }
         parsed.servers.truncate(MAX_SERVERS);
         if parsed.servers.is_empty() {
+            parsed.is_bare = true;
             parsed.servers.push((Ipv4Addr::LOCALHOST, dns::PORT).into());
         }
         parsed
@@ -160,6 +164,8 @@ impl Configuration {
         Err(match failure {
             None => DialError::NoSuchHost,
             Some(Failure::Invalid) => DialError::NoSuchHost,
+            // Names are what the hosts file has, here.
+            Some(Failure::Server(_)) if self.is_bare => DialError::NoSuchHost,
             Some(Failure::Server(reason)) => DialError::Other(format!(
                 "the name servers do not tell the address of {name}: {reason}"
             )),
@@ -249,6 +255,14 @@ mod tests {
             ["x.y.z", "x.y.z.a.example", "x.y.z.b.example"]
         );
         assert_eq!(parsed.candidates("x."), ["x"]);
+    }
+
+    #[test]
+    fn where_no_server_is_named_and_none_answers_there_is_no_such_host() {
+        let files = Files::default();
+        let deadline = Instant::now() + Duration::from_secs(2);
+        let answer = lookup(&files, "no.such.name.invalid", deadline);
+        assert_eq!(answer, Err(DialError::NoSuchHost));
     }
 
     #[test]

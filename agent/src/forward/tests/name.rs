@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use agent::names::dns::{self, Failure, Reply};
-use agent::protocol::{Open, Target};
+use agent::protocol::{DialError, Open, Target};
 use simple_dns::rdata::{A, AAAA, CNAME, RData};
 use simple_dns::{CLASS, Name, Packet, PacketFlag, QTYPE, RCODE, ResourceRecord, TYPE};
 
@@ -233,5 +233,6 @@ fn a_root_without_any_files_of_names_knows_no_name() {
     let directory = tempfile::tempdir().unwrap();
     let root = Tree::below(directory.path().to_str().unwrap()).unwrap();
     let soon = Instant::now() + Duration::from_millis(500);
-    assert!(names::lookup(&root, "no.such.name.invalid", soon).is_err());
+    let answer = names::lookup(&root, "no.such.name.invalid", soon);
+    assert_eq!(answer, Err(DialError::NoSuchHost));
 }
