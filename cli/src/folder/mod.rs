@@ -19,7 +19,7 @@ use std::time::Duration;
 
 use agent::protocol::{self, AGENT_PORT, Identified, MountPoint, Open, UserIds};
 use rustix::process::Resource;
-use share::{Ids, Limits, Options, Owner, Share};
+use share::{Cache, Ids, Limits, Options, Owner, Share};
 
 pub use self::error::FolderError;
 use self::served::{Place, Served};
@@ -113,8 +113,9 @@ impl Folders {
     pub fn attach(&self, link: &Link) -> Result<(), FolderError> {
         // A guest greets once.
         let _ = self.link.set(link.clone());
+        let _changing = lock(&self.changing);
         for volume in &self.declared {
-            self.add(volume.clone())?;
+            self.mount(volume.clone())?;
         }
         Ok(())
     }
@@ -125,9 +126,17 @@ impl Folders {
     /// Where it is not on the host, its place is taken, or the guest cannot mount it.
     pub fn add(&self, volume: Volume) -> Result<Folder, FolderError> {
         let _changing = lock(&self.changing);
-        let link = self.link.get().ok_or(FolderError::NotUp)?;
         check_host(&volume)?;
         self.check_place(&volume.guest)?;
+        self.check_others(&volume)?;
+        self.mount(volume)
+    }
+
+    fn mount(&self, mut volume: Volume) -> Result<Folder, FolderError> {
+        let link = self.link.get().ok_or(FolderError::NotUp)?;
+        if volume.cache == Cache::Auto && self.is_changed_elsewhere(&volume) {
+            volume.cache = Cache::Strict;
+        }
         let ids = self.ids(link)?;
         let ids = Ids {
             uid: volume.uid.unwrap_or(ids.uid),
@@ -197,6 +206,12 @@ impl Folders {
         there.iter().map(|mounted| mounted.folder.clone()).collect()
     }
 
+    /// Whether the guest may be about to write to one of them.
+    pub fn writes(&self) -> bool {
+        let there = self.there();
+        there.iter().any(|mounted| !mounted.folder.volume.read_only)
+    }
+
     /// Serves none any more.
     pub fn end(&self) {
         lock(&self.mounted).clear();
@@ -227,6 +242,34 @@ impl Folders {
             }
         }
         Ok(())
+    }
+
+    /// Whether the guest can change the same files through another folder. What this process does for a guest is
+    /// taken for known to it, so nothing would tell of that.
+    fn is_changed_elsewhere(&self, volume: &Volume) -> bool {
+        let there = self.there();
+        let mounted = there.iter().map(|mounted| &mounted.folder.volume);
+        let mut others = self.declared.iter().chain(mounted);
+        others.any(|other| {
+            other.guest != volume.guest && !other.read_only && overlap(&other.host, &volume.host)
+        })
+    }
+
+    /// # Errors
+    /// Where what is changed through `volume` would not be seen through another one.
+    fn check_others(&self, volume: &Volume) -> Result<(), FolderError> {
+        let there = self.there();
+        let unaware = there.iter().find(|mounted| {
+            let other = &mounted.folder.volume;
+            other.cache == Cache::Auto && !volume.read_only && overlap(&other.host, &volume.host)
+        });
+        match unaware {
+            None => Ok(()),
+            Some(other) => Err(FolderError::Overlap {
+                host: volume.host.clone(),
+                guest: other.folder.volume.guest.clone(),
+            }),
+        }
     }
 
     /// Who the machine's commands run as, in numbers; the guest is asked once.
@@ -266,6 +309,13 @@ fn identify(link: &Link, user: &str) -> Result<Ids, FolderError> {
     let Identified(found) = ask().map_err(FolderError::Lost)?;
     let UserIds { uid, gid } = found.map_err(FolderError::Refused)?;
     Ok(Ids { uid, gid })
+}
+
+/// Whether one of the two is in the other, or both are the same.
+fn overlap(one: &Path, other: &Path) -> bool {
+    let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let (one, other) = (real(one), real(other));
+    one.starts_with(&other) || other.starts_with(&one)
 }
 
 fn check_host(volume: &Volume) -> Result<(), FolderError> {

@@ -247,6 +247,8 @@ impl Shared {
             self.share.replayed();
             match replayed {
                 Ok(FromMount::Replayed) => {}
+                // It was unmounted in the guest meanwhile.
+                Ok(FromMount::Unmounted(_)) => return,
                 Ok(_) => return tracing::warn!("{}", nonsense()),
                 Err(error) => return tracing::debug!("a folder's agent is gone: {error}"),
             }

@@ -395,7 +395,7 @@ impl Attendant {
 
     /// Lets the guest write out what it has to; force when it takes too long.
     fn power_off(&mut self, link: &Link) {
-        if !self.machine.instance.writes() {
+        if !self.machine.instance.writes() && !self.machine.folders.writes() {
             return;
         }
         let asked = link::ask_to_power_off(link, POWER_OFF_GRACE);

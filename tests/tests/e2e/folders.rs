@@ -123,7 +123,7 @@ fn folders_come_and_go_and_come_back_with_the_machine() {
     assert_eq!(listed(&machine), [(src.clone(), "/work".to_owned(), false)]);
 
     // Relative to where the words are typed.
-    let mut add = machine.command("mount add", &["src:/added/to/it:ro", "src/file:/single"]);
+    let mut add = machine.command("mount add", &["src:/added/to/it:ro", "src/file:/single:ro"]);
     add.current_dir(dir.path());
     Running::start(add, Vec::new())
         .wait()
@@ -155,6 +155,10 @@ fn folders_come_and_go_and_come_back_with_the_machine() {
     hidden
         .expect_code(125)
         .expect_in_stderr("hides the one at /added/to/it");
+    let unseen = machine.mvm("mount add", &[&format!("{src}:/again")]);
+    unseen
+        .expect_code(125)
+        .expect_in_stderr("would not be seen at /work");
     let missing = machine.mvm("mount add", &[&format!("{src}/none:/none")]);
     missing
         .expect_code(125)

@@ -88,6 +88,31 @@ fn what_is_declared_is_there_when_the_guest_is_and_goes_with_it() {
 }
 
 #[test]
+fn what_is_changed_through_one_folder_is_seen_through_another() {
+    let Some((dir, guest)) = set_up() else { return };
+    let declared = vec![
+        volume(&dir, "src:/work"),
+        volume(&dir, "src:/same:ro"),
+        volume(&dir, "src/file:/single"),
+    ];
+    let folders = folders(declared);
+    folders.attach(&guest.link()).unwrap();
+    let caches: Vec<_> = folders
+        .list()
+        .iter()
+        .map(|folder| folder.volume.cache)
+        .collect();
+    assert_eq!(caches, [Cache::Strict; 3]);
+    let everywhere = ["/work/file", "/same/file", "/single"].map(|path| guest.path(path));
+    for path in [&everywhere[0], &everywhere[2]] {
+        fs::write(path, path.as_os_str().as_bytes()).unwrap();
+        for seen in &everywhere {
+            assert_eq!(fs::read(seen).unwrap(), path.as_os_str().as_bytes());
+        }
+    }
+}
+
+#[test]
 fn the_hosts_user_is_the_one_of_the_command() {
     let Some((dir, guest)) = set_up() else { return };
     let declared = vec![
@@ -132,7 +157,10 @@ fn folders_come_and_go_while_the_guest_runs() {
     let twice = folders.add(work.clone()).unwrap_err().to_string();
     assert!(twice.contains("at /work in the guest already"), "{twice}");
     fs::create_dir(dir.path().join("src/sub")).unwrap();
-    folders.add(volume(&dir, "src:/work/sub")).unwrap();
+    let unseen = folders.add(volume(&dir, "src:/work/sub"));
+    let unseen = unseen.unwrap_err().to_string();
+    assert!(unseen.contains("would not be seen at /work"), "{unseen}");
+    folders.add(volume(&dir, "src:/work/sub:ro")).unwrap();
     let hiding = folders
         .remove(Path::new("/work"), true)
         .unwrap_err()
