@@ -7,10 +7,12 @@ use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 
 use agent::protocol::AFTER_REPLIES;
 use share::Channel;
+use share::wire::Opcode;
 
 /// How much is read at a time, bytes: many small requests, or the beginning of a large one, whose rest is
 /// read to where it belongs.
@@ -22,15 +24,30 @@ const REQUEST_HEADER: usize = 40;
 /// The length of `struct fuse_out_header`.
 const NOTICE_HEADER: usize = 16;
 
+/// As many bytes are read or written in no time.
+const LITTLE: usize = 64 << 10;
+
 /// One of a mount's queues of requests: several threads may take from it and answer.
+///
+/// One thread at a time has the turn to read. It keeps it over a request that takes no time where no other one
+/// waits: then a guest that asks one thing after the other costs no switch between threads.
 #[derive(Debug)]
 pub struct Queue {
     stream: UnixStream,
+    turn: Mutex<Turn>,
+    free: Condvar,
+    /// For whoever has the turn.
     input: Mutex<Input>,
     /// Held while a reply is written.
     output: Mutex<()>,
     /// How many replies were written, all of them before this says so.
     replies: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Turn {
+    holder: Option<ThreadId>,
+    ended: bool,
 }
 
 /// What was read and not taken yet: `buffer[start..end]`.
@@ -46,6 +63,8 @@ impl Queue {
     pub fn new(stream: UnixStream) -> Self {
         Self {
             stream,
+            turn: Mutex::default(),
+            free: Condvar::new(),
             input: Mutex::new(Input {
                 buffer: vec![0; BUFFER].into(),
                 start: 0,
@@ -58,14 +77,42 @@ impl Queue {
 
     /// Ends it, whoever waits for more.
     pub fn end(&self) {
+        lock(&self.turn).ended = true;
+        self.free.notify_all();
         // Whoever is at the other end may have closed it.
         let _ = self.stream.shutdown(Shutdown::Both);
+    }
+
+    /// Waits for the turn; false where there is nothing more to read.
+    fn take_turn(&self) -> bool {
+        let me = Some(thread::current().id());
+        let is_taken = |turn: &mut Turn| !turn.ended && turn.holder.is_some() && turn.holder != me;
+        let waited = self.free.wait_while(lock(&self.turn), is_taken);
+        let mut turn = waited.unwrap_or_else(PoisonError::into_inner);
+        turn.holder = me;
+        !turn.ended
+    }
+
+    fn pass_turn(&self) {
+        lock(&self.turn).holder = None;
+        self.free.notify_one();
     }
 }
 
 impl Channel for Queue {
     fn receive(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        match lock(&self.input).take(&self.stream, buffer) {
+        if !self.take_turn() {
+            return Ok(0);
+        }
+        let (taken, is_last) = {
+            let mut input = lock(&self.input);
+            (input.take(&self.stream, buffer), input.start == input.end)
+        };
+        let message = buffer.get(..*taken.as_ref().unwrap_or(&0));
+        if !(is_last && message.is_some_and(is_quick)) {
+            self.pass_turn();
+        }
+        match taken {
             // The guest was ended in the middle of something.
             Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(0),
             taken => taken,
@@ -130,6 +177,29 @@ impl Input {
         let bytes = self.buffer.get(self.start..self.end)?;
         let length = u32::from_ne_bytes(*bytes.first_chunk()?);
         usize::try_from(length).ok()
+    }
+}
+
+/// Whether a request is one that is done in no time, most often.
+fn is_quick(message: &[u8]) -> bool {
+    let number = |at: usize| {
+        let bytes = message.get(at..)?.first_chunk()?;
+        Some(u32::from_ne_bytes(*bytes))
+    };
+    match number(4).and_then(Opcode::from_number) {
+        // `fuse_read_in.size`.
+        Some(Opcode::Read | Opcode::Readdir | Opcode::Readdirplus) => {
+            number(REQUEST_HEADER + 16).is_some_and(|size| size as usize <= LITTLE)
+        }
+        Some(
+            Opcode::Fsync
+            | Opcode::Fsyncdir
+            | Opcode::Syncfs
+            | Opcode::Fallocate
+            | Opcode::CopyFileRange,
+        ) => false,
+        Some(_) => message.len() <= LITTLE,
+        None => false,
     }
 }
 

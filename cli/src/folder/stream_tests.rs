@@ -94,6 +94,81 @@ fn whoever_waits_is_let_go_when_it_ends() {
     });
 }
 
+/// Takes requests on `threads` threads until the end, as long as `busy` each, and returns how many each took.
+fn taken_by(queue: &Queue, threads: usize, busy: impl Fn(&[u8]) + Sync) -> Vec<usize> {
+    thread::scope(|scope| {
+        let take = || {
+            let mut count = 0;
+            loop {
+                let request = received(queue).unwrap();
+                if request.is_empty() {
+                    return count;
+                }
+                busy(&request);
+                count += 1;
+            }
+        };
+        let taking: Vec<_> = (0..threads).map(|_| scope.spawn(take)).collect();
+        taking
+            .into_iter()
+            .map(|taken| taken.join().unwrap())
+            .collect()
+    })
+}
+
+/// A request for `opcode`.
+fn operation(opcode: Opcode) -> Vec<u8> {
+    let mut bytes = request(0, 80);
+    bytes[4..8].copy_from_slice(&(opcode as u32).to_ne_bytes());
+    bytes
+}
+
+#[test]
+fn one_request_after_the_other_stays_on_one_thread() {
+    let (queue, mut far) = pair();
+    let sender = thread::spawn(move || {
+        let mut answer = [0; 5];
+        for _ in 0..100 {
+            far.write_all(&operation(Opcode::Lookup)).unwrap();
+            far.read_exact(&mut answer).unwrap();
+        }
+    });
+    let reply = |_: &[u8]| queue.send(&[IoSlice::new(b"reply")]).unwrap();
+    let mut counts = taken_by(&queue, 3, reply);
+    sender.join().unwrap();
+    counts.sort_unstable();
+    assert_eq!(counts, [0, 0, 100]);
+}
+
+#[test]
+fn what_takes_long_keeps_no_other_request_waiting() {
+    let (queue, mut far) = pair();
+    far.write_all(&operation(Opcode::Fsync)).unwrap();
+    let (go, wait) = std::sync::mpsc::channel();
+    let wait = Mutex::new(wait);
+    let busy = |message: &[u8]| match message == operation(Opcode::Fsync) {
+        true => wait.lock().unwrap().recv().unwrap(),
+        false => go.send(()).unwrap(),
+    };
+    let sender = thread::spawn(move || {
+        far.write_all(&operation(Opcode::Getattr)).unwrap();
+    });
+    assert_eq!(taken_by(&queue, 2, busy).iter().sum::<usize>(), 2);
+    sender.join().unwrap();
+}
+
+#[test]
+fn requests_that_wait_together_are_taken_by_several_threads() {
+    let (queue, mut far) = pair();
+    far.write_all(&operation(Opcode::Getattr).repeat(2))
+        .unwrap();
+    drop(far);
+    // Neither goes on before the other one has been taken.
+    let both = std::sync::Barrier::new(2);
+    let counts = taken_by(&queue, 2, |_| drop(both.wait()));
+    assert_eq!(counts, [1, 1]);
+}
+
 #[test]
 fn replies_of_several_threads_do_not_mix() {
     let (queue, mut far) = pair();
