@@ -412,8 +412,8 @@ mod tests {
                 &["port", "rm", name, "80"],
                 &["port", "ls", name],
                 &["port", "auto", name],
-                &["mount", "add", name, ".:/work"],
-                &["mount", "rm", name, "/work"],
+                &["mount", "add", name, ".:/project"],
+                &["mount", "rm", name, "/project"],
                 &["mount", "ls", name],
             ] {
                 let error = parse(verb).unwrap_err();

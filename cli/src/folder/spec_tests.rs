@@ -21,26 +21,26 @@ fn volume(host: &str, guest: &str) -> Volume {
 
 #[test]
 fn folders_are_read_as_they_are_written() {
-    let plain = volume("/src", "/work");
+    let plain = volume("/src", "/project");
     for (text, expected) in [
-        ("/src:/work", plain.clone()),
-        ("/src:/work:", plain.clone()),
-        ("/src:/work:rw", plain.clone()),
-        ("/src:/work:ro,rw", plain.clone()),
-        ("/src:/work:cache=auto", plain.clone()),
-        ("/src/:/work/", volume("/src/", "/work")),
+        ("/src:/project", plain.clone()),
+        ("/src:/project:", plain.clone()),
+        ("/src:/project:rw", plain.clone()),
+        ("/src:/project:ro,rw", plain.clone()),
+        ("/src:/project:cache=auto", plain.clone()),
+        ("/src/:/project/", volume("/src/", "/project")),
         ("/src://a//./b/", volume("/src", "/a/b")),
-        ("/with:colon:/work", volume("/with:colon", "/work")),
-        ("/one:/two:/work:rw", volume("/one:/two", "/work")),
+        ("/with:colon:/project", volume("/with:colon", "/project")),
+        ("/one:/two:/project:rw", volume("/one:/two", "/project")),
         (
-            "/src:/work:ro",
+            "/src:/project:ro",
             Volume {
                 read_only: true,
                 ..plain.clone()
             },
         ),
         (
-            "/src:/work:uid=1000,gid=100,cache=strict",
+            "/src:/project:uid=1000,gid=100,cache=strict",
             Volume {
                 uid: Some(1000),
                 gid: Some(100),
@@ -49,7 +49,7 @@ fn folders_are_read_as_they_are_written() {
             },
         ),
         (
-            "/src:/work:cache=private",
+            "/src:/project:cache=private",
             Volume {
                 cache: Cache::Private,
                 ..plain.clone()
@@ -63,10 +63,10 @@ fn folders_are_read_as_they_are_written() {
 #[test]
 fn the_host_path_is_relative_to_the_working_directory() {
     let here = std::env::current_dir().unwrap();
-    assert_eq!(parse(".:/work").unwrap().host, here);
-    assert_eq!(parse("a/b:/work").unwrap().host, here.join("a/b"));
-    assert_eq!(parse("..:/work").unwrap().host, here.join(".."));
-    assert_eq!(parse("~:/work").unwrap().host, here.join("~"));
+    assert_eq!(parse(".:/project").unwrap().host, here);
+    assert_eq!(parse("a/b:/project").unwrap().host, here.join("a/b"));
+    assert_eq!(parse("..:/project").unwrap().host, here.join(".."));
+    assert_eq!(parse("~:/project").unwrap().host, here.join("~"));
 }
 
 #[test]
@@ -77,10 +77,10 @@ fn what_is_wrong_with_a_folder_is_said() {
             "/src",
             "such as .:/work (boot messages are shown by --verbose)",
         ),
-        (":/work", "the path on the host is missing"),
+        (":/project", "the path on the host is missing"),
         ("/src:", "\"\" is not an absolute path"),
         ("/src:work", "\"work\" is not an absolute path"),
-        ("/src:./work:ro", "\"./work\" is not an absolute path"),
+        ("/src:./project:ro", "\"./project\" is not an absolute path"),
         ("/src:ro", "\"ro\" is not an absolute path"),
         ("/src:/", "it is the machine's root"),
         ("/src:/./", "it is the machine's root"),
@@ -88,18 +88,21 @@ fn what_is_wrong_with_a_folder_is_said() {
         ("/src:/a\0", "it holds a zero byte"),
         ("/s\0rc:/a", "it holds a zero byte"),
         (
-            "/src:/work:r",
+            "/src:/project:r",
             "\"r\" is not an option of a folder: ro, rw, uid=N,",
         ),
-        ("/src:/work:ro;rw", "\"ro;rw\" is not an option"),
-        ("/src:/work:cache=", "\"cache=\" is not an option"),
-        ("/src:/work:cache=none", "\"cache=none\" is not an option"),
-        ("/src:/work:uid=me", "\"me\" is not the number of a user"),
-        ("/src:/work:uid=", "\"\" is not the number"),
-        ("/src:/work:gid=-1", "\"-1\" is not the number"),
-        ("/src:/work:gid=+1", "\"+1\" is not the number"),
-        ("/src:/work:uid=4294967295", "is not the number"),
-        ("/src:/work:uid=4294967296", "is not the number"),
+        ("/src:/project:ro;rw", "\"ro;rw\" is not an option"),
+        ("/src:/project:cache=", "\"cache=\" is not an option"),
+        (
+            "/src:/project:cache=none",
+            "\"cache=none\" is not an option",
+        ),
+        ("/src:/project:uid=me", "\"me\" is not the number of a user"),
+        ("/src:/project:uid=", "\"\" is not the number"),
+        ("/src:/project:gid=-1", "\"-1\" is not the number"),
+        ("/src:/project:gid=+1", "\"+1\" is not the number"),
+        ("/src:/project:uid=4294967295", "is not the number"),
+        ("/src:/project:uid=4294967296", "is not the number"),
     ] {
         let error = parse(text).expect_err(text).to_string();
         assert!(error.contains(why), "{text}: {error}");

@@ -42,15 +42,15 @@ fn files_go_both_ways_with_their_modes_and_owners() {
     let dir = set_up();
     fs::create_dir(dir.path().join("other")).unwrap();
     fs::set_permissions(dir.path().join("src/file"), Permissions::from_mode(0o640)).unwrap();
-    let script = "set -e; cat /work/file; stat -c '%u:%g %a' /work/file
-        echo guest > /work/new; chmod 751 /work/new; mkdir -p /work/a/b; ln -s file /work/link
-        cat /work/link; chown 7:8 /work/new; stat -c '%u:%g' /work/new
-        dd if=/dev/zero of=/work/large bs=1M count=5 2>/dev/null
+    let script = "set -e; cat /project/file; stat -c '%u:%g %a' /project/file
+        echo guest > /project/new; chmod 751 /project/new; mkdir -p /project/a/b; ln -s file /project/link
+        cat /project/link; chown 7:8 /project/new; stat -c '%u:%g' /project/new
+        dd if=/dev/zero of=/project/large bs=1M count=5 2>/dev/null
         (echo no > /frozen/new) 2>&1 | grep -o 'Read-only file system'; cat /frozen/file
         cat /etc/deep/single; echo more >> /etc/deep/single; cat /frozen/file
-        echo made > /made/above/it/here; mv /work/a/b /work/moved; ls /work";
+        echo made > /made/above/it/here; mv /project/a/b /project/moved; ls /project";
     let output = Guest::new()
-        .option("-v", volume(&dir, "src:/work"))
+        .option("-v", volume(&dir, "src:/project"))
         .option("-v", volume(&dir, "src:/frozen:ro"))
         .option("-v", volume(&dir, "src/file:/etc/deep/single"))
         .option("--volume", volume(&dir, "other:/made/above/it"))
@@ -81,11 +81,11 @@ fn files_go_both_ways_with_their_modes_and_owners() {
 #[test]
 fn the_user_of_the_command_is_the_one_who_shares() {
     let dir = set_up();
-    let script = "set -e; id -u; echo mine > /work/new; stat -c '%u:%g' /work /work/file /work/new
+    let script = "set -e; id -u; echo mine > /project/new; stat -c '%u:%g' /project /project/file /project/new
         stat -c '%u:%g' /as/file";
     Guest::new()
         .option("-u", "1000:100")
-        .option("-v", volume(&dir, "src:/work"))
+        .option("-v", volume(&dir, "src:/project"))
         .option("-v", volume(&dir, "src:/as:uid=5,gid=6"))
         .run(script)
         .expect_code(0)
@@ -94,7 +94,7 @@ fn the_user_of_the_command_is_the_one_who_shares() {
     assert_eq!(made.uid(), rustix::process::getuid().as_raw());
     Guest::new()
         .option("-u", "nosuchuser")
-        .option("-v", volume(&dir, "src:/work"))
+        .option("-v", volume(&dir, "src:/project"))
         .run("true")
         .expect_code(125)
         .expect_in_stderr("there is no user \"nosuchuser\" in the machine");
@@ -118,9 +118,12 @@ fn listed(machine: &Machine<'_>) -> Vec<(String, String, bool)> {
 fn folders_come_and_go_and_come_back_with_the_machine() {
     let dir = set_up();
     let machines = Machines::new();
-    let machine = machines.idle(Guest::new().option("-v", volume(&dir, "src:/work")));
+    let machine = machines.idle(Guest::new().option("-v", volume(&dir, "src:/project")));
     let src = volume(&dir, "src");
-    assert_eq!(listed(&machine), [(src.clone(), "/work".to_owned(), false)]);
+    assert_eq!(
+        listed(&machine),
+        [(src.clone(), "/project".to_owned(), false)]
+    );
 
     // Relative to where the words are typed.
     let mut add = machine.command("mount add", &["src:/added/to/it:ro", "src/file:/single:ro"]);
@@ -147,10 +150,10 @@ fn folders_come_and_go_and_come_back_with_the_machine() {
         .expect_in_stdout("/added/to/it")
         .expect_in_stdout("0:0");
 
-    let taken = machine.mvm("mount add", &[&format!("{src}:/work")]);
+    let taken = machine.mvm("mount add", &[&format!("{src}:/project")]);
     taken
         .expect_code(125)
-        .expect_in_stderr("a folder is shared at /work in the guest already");
+        .expect_in_stderr("a folder is shared at /project in the guest already");
     let hidden = machine.mvm("mount add", &[&format!("{src}:/added")]);
     hidden
         .expect_code(125)
@@ -158,7 +161,7 @@ fn folders_come_and_go_and_come_back_with_the_machine() {
     let unseen = machine.mvm("mount add", &[&format!("{src}:/again")]);
     unseen
         .expect_code(125)
-        .expect_in_stderr("would not be seen at /work");
+        .expect_in_stderr("would not be seen at /project");
     let missing = machine.mvm("mount add", &[&format!("{src}/none:/none")]);
     missing
         .expect_code(125)
@@ -167,14 +170,14 @@ fn folders_come_and_go_and_come_back_with_the_machine() {
     gone.expect_code(125)
         .expect_in_stderr("no folder is shared at /nothing in the guest");
 
-    let user = machine.start(&["sh", "-c", "cd /work; echo in; exec sleep 1000"]);
+    let user = machine.start(&["sh", "-c", "cd /project; echo in; exec sleep 1000"]);
     user.expect_stdout("in\n");
-    let busy = machine.mvm("mount rm", &["/work"]);
+    let busy = machine.mvm("mount rm", &["/project"]);
     busy.expect_code(125)
-        .expect_in_stderr("/work in the guest stays");
-    machine.exec("cat /work/file").expect_stdout("host\n");
-    machine.mvm("mount rm", &["-f", "/work"]).expect_code(0);
-    machine.exec("ls /work").expect_code(0).expect_stdout("");
+        .expect_in_stderr("/project in the guest stays");
+    machine.exec("cat /project/file").expect_stdout("host\n");
+    machine.mvm("mount rm", &["-f", "/project"]).expect_code(0);
+    machine.exec("ls /project").expect_code(0).expect_stdout("");
     drop(user);
     machine.mvm("mount rm", &["/single"]).expect_code(0);
 
@@ -191,51 +194,51 @@ fn changes_on_the_host_are_seen_and_heard_in_the_guest() {
     let dir = set_up();
     on_host(&dir, "mkdir -p sub/deep; echo old > sub/known");
     let machines = Machines::new();
-    let machine = machines.idle(Guest::new().option("-v", volume(&dir, "src:/work")));
+    let machine = machines.idle(Guest::new().option("-v", volume(&dir, "src:/project")));
     machine.plant_peer();
     machine
-        .exec("cat /work/file /work/sub/known; ls /work/new 2>/dev/null; ls /work")
+        .exec("cat /project/file /project/sub/known; ls /project/new 2>/dev/null; ls /project")
         .expect_stdout("host\nold\nfile\nsub\n");
     let watching = machine.start(&[
         "/tmp/peer",
         "inotify",
-        "/work",
-        "/work/sub",
-        "/work/sub/deep",
+        "/project",
+        "/project/sub",
+        "/project/sub/deep",
     ]);
     watching.expect_stdout("listening\n");
 
     on_host(&dir, "echo other > file");
-    watching.expect_stdout("MODIFY /work/file\n");
-    watching.expect_stdout("CLOSE_WRITE /work/file\n");
-    machine.exec("cat /work/file").expect_stdout("other\n");
+    watching.expect_stdout("MODIFY /project/file\n");
+    watching.expect_stdout("CLOSE_WRITE /project/file\n");
+    machine.exec("cat /project/file").expect_stdout("other\n");
     on_host(&dir, "echo new > sub/new");
-    watching.expect_stdout("CREATE /work/sub/new\n");
-    watching.expect_stdout("CLOSE_WRITE /work/sub/new\n");
-    machine.exec("cat /work/sub/new").expect_stdout("new\n");
+    watching.expect_stdout("CREATE /project/sub/new\n");
+    watching.expect_stdout("CLOSE_WRITE /project/sub/new\n");
+    machine.exec("cat /project/sub/new").expect_stdout("new\n");
     on_host(&dir, "mv sub/new sub/deep/moved");
-    watching.expect_stdout("MOVED_FROM /work/sub/new #0\n");
-    watching.expect_stdout("MOVED_TO /work/sub/deep/moved #0\n");
+    watching.expect_stdout("MOVED_FROM /project/sub/new #0\n");
+    watching.expect_stdout("MOVED_TO /project/sub/deep/moved #0\n");
     machine
-        .exec("ls /work/sub /work/sub/deep")
-        .expect_stdout("/work/sub:\ndeep\nknown\n\n/work/sub/deep:\nmoved\n");
+        .exec("ls /project/sub /project/sub/deep")
+        .expect_stdout("/project/sub:\ndeep\nknown\n\n/project/sub/deep:\nmoved\n");
     on_host(&dir, "chmod 700 sub/known");
-    watching.expect_stdout("ATTRIB /work/sub/known\n");
+    watching.expect_stdout("ATTRIB /project/sub/known\n");
     machine
-        .exec("stat -c %a /work/sub/known")
+        .exec("stat -c %a /project/sub/known")
         .expect_stdout("700\n");
     on_host(&dir, "rm sub/deep/moved; mkdir sub/dir; rmdir sub/dir");
-    watching.expect_stdout("DELETE /work/sub/deep/moved\n");
-    watching.expect_stdout("CREATE /work/sub/dir\n");
-    watching.expect_stdout("DELETE /work/sub/dir\n");
-    machine.exec("ls /work/sub/deep").expect_stdout("");
+    watching.expect_stdout("DELETE /project/sub/deep/moved\n");
+    watching.expect_stdout("CREATE /project/sub/dir\n");
+    watching.expect_stdout("DELETE /project/sub/dir\n");
+    machine.exec("ls /project/sub/deep").expect_stdout("");
 
     // The guest's own changes are heard once, and the host has what the guest did.
-    machine.exec("echo guest > /work/own").expect_code(0);
-    watching.expect_stdout("CREATE /work/own\n");
-    watching.expect_stdout("CLOSE_WRITE /work/own\n");
+    machine.exec("echo guest > /project/own").expect_code(0);
+    watching.expect_stdout("CREATE /project/own\n");
+    watching.expect_stdout("CLOSE_WRITE /project/own\n");
     on_host(&dir, "echo end > end");
-    watching.expect_stdout("CREATE /work/end\n");
+    watching.expect_stdout("CREATE /project/end\n");
     drop(watching);
     assert_eq!(read(&dir, "src/own"), "guest\n");
     on_host(
@@ -243,7 +246,7 @@ fn changes_on_the_host_are_seen_and_heard_in_the_guest() {
         "for n in 1 2 3 4 5 6 7 8; do for m in 1 2 3 4 5 6 7 8; do echo $n > burst$n$m; done; done",
     );
     eventually("all of a burst is seen", || {
-        let counted = machine.exec("cat /work/burst* | wc -l");
+        let counted = machine.exec("cat /project/burst* | wc -l");
         (counted.text() == "64\n").then_some(())
     });
 }
@@ -253,13 +256,13 @@ fn a_shell_opens_where_the_guest_has_the_callers_directory() {
     let dir = set_up();
     on_host(&dir, "mkdir -p a/b");
     let machines = Machines::new();
-    let machine = machines.idle(Guest::new().option("-v", volume(&dir, "src:/work")));
+    let machine = machines.idle(Guest::new().option("-v", volume(&dir, "src:/project")));
     let mut shell = machine.command("shell", &[]);
     shell.current_dir(dir.path().join("src/a/b"));
     Running::start(shell, b"pwd\n".to_vec())
         .wait()
         .expect_code(0)
-        .expect_stdout("/work/a/b\n");
+        .expect_stdout("/project/a/b\n");
 }
 
 #[test]
@@ -278,25 +281,25 @@ fn what_cannot_be_shared_is_told_before_a_machine_is_made() {
         ("/src", "such as .:/work"),
         ("/src:work", "\"work\" is not an absolute path"),
         (
-            "/src:/work:rx",
+            "/src:/project:rx",
             "\"rx\" is not an option of a folder: ro, rw, uid=N,",
         ),
-        ("/src:/work:uid=me", "\"me\" is not the number"),
+        ("/src:/project:uid=me", "\"me\" is not the number"),
         ("/src:/", "it is the machine's root"),
-        (":/work", "the path on the host is missing"),
+        (":/project", "the path on the host is missing"),
     ] {
         run(&[text]).expect_code(2).expect_in_stderr(why);
     }
     host::run_mvm(&["run", "-v", "--", "true"])
         .expect_code(2)
         .expect_in_stderr("boot messages are shown by --verbose");
-    let missing = run(&[&volume(&dir, "none:/work")]);
+    let missing = run(&[&volume(&dir, "none:/project")]);
     missing
         .expect_code(125)
         .expect_in_stderr("none cannot be shared: No such file");
     let src = volume(&dir, "src");
-    let twice = run(&[&format!("{src}:/work"), &format!("{src}/file:/work/")]);
+    let twice = run(&[&format!("{src}:/project"), &format!("{src}/file:/project/")]);
     twice
         .expect_code(125)
-        .expect_in_stderr("a folder is shared at /work in the guest already");
+        .expect_in_stderr("a folder is shared at /project in the guest already");
 }

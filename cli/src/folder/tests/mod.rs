@@ -91,7 +91,7 @@ fn what_is_declared_is_there_when_the_guest_is_and_goes_with_it() {
 fn what_is_changed_through_one_folder_is_seen_through_another() {
     let Some((dir, guest)) = set_up() else { return };
     let declared = vec![
-        volume(&dir, "src:/work"),
+        volume(&dir, "src:/project"),
         volume(&dir, "src:/same:ro"),
         volume(&dir, "src/file:/single"),
     ];
@@ -103,7 +103,7 @@ fn what_is_changed_through_one_folder_is_seen_through_another() {
         .map(|folder| folder.volume.cache)
         .collect();
     assert_eq!(caches, [Cache::Strict; 3]);
-    let everywhere = ["/work/file", "/same/file", "/single"].map(|path| guest.path(path));
+    let everywhere = ["/project/file", "/same/file", "/single"].map(|path| guest.path(path));
     for path in [&everywhere[0], &everywhere[2]] {
         fs::write(path, path.as_os_str().as_bytes()).unwrap();
         for seen in &everywhere {
@@ -116,7 +116,7 @@ fn what_is_changed_through_one_folder_is_seen_through_another() {
 fn the_hosts_user_is_the_one_of_the_command() {
     let Some((dir, guest)) = set_up() else { return };
     let declared = vec![
-        volume(&dir, "src:/work"),
+        volume(&dir, "src:/project"),
         volume(&dir, "src:/as:uid=7,gid=8"),
     ];
     let folders = Folders::new(declared, Some("somebody".to_owned()), 1).unwrap();
@@ -125,7 +125,7 @@ fn the_hosts_user_is_the_one_of_the_command() {
         let found = fs::metadata(guest.path(path)).unwrap();
         (found.uid(), found.gid())
     };
-    assert_eq!(owner("/work/file"), (1234, 5678));
+    assert_eq!(owner("/project/file"), (1234, 5678));
     assert_eq!(owner("/as/file"), (7, 8));
 
     let folders = Folders::new(
@@ -144,77 +144,80 @@ fn the_hosts_user_is_the_one_of_the_command() {
 fn folders_come_and_go_while_the_guest_runs() {
     let Some((dir, guest)) = set_up() else { return };
     let folders = folders(Vec::new());
-    let work = volume(&dir, "src:/work");
+    let work = volume(&dir, "src:/project");
     let early = folders.add(work.clone()).unwrap_err();
     assert!(matches!(early, FolderError::NotUp), "{early}");
     folders.attach(&guest.link()).unwrap();
 
     folders.add(work.clone()).unwrap();
     assert_eq!(
-        fs::read_to_string(guest.path("/work/file")).unwrap(),
+        fs::read_to_string(guest.path("/project/file")).unwrap(),
         "host"
     );
     let twice = folders.add(work.clone()).unwrap_err().to_string();
-    assert!(twice.contains("at /work in the guest already"), "{twice}");
+    assert!(
+        twice.contains("at /project in the guest already"),
+        "{twice}"
+    );
     fs::create_dir(dir.path().join("src/sub")).unwrap();
-    let unseen = folders.add(volume(&dir, "src:/work/sub"));
+    let unseen = folders.add(volume(&dir, "src:/project/sub"));
     let unseen = unseen.unwrap_err().to_string();
-    assert!(unseen.contains("would not be seen at /work"), "{unseen}");
-    folders.add(volume(&dir, "src:/work/sub:ro")).unwrap();
+    assert!(unseen.contains("would not be seen at /project"), "{unseen}");
+    folders.add(volume(&dir, "src:/project/sub:ro")).unwrap();
     let hiding = folders
-        .remove(Path::new("/work"), true)
+        .remove(Path::new("/project"), true)
         .unwrap_err()
         .to_string();
-    assert!(hiding.contains("the one at /work/sub"), "{hiding}");
-    folders.remove(Path::new("/work/sub"), false).unwrap();
+    assert!(hiding.contains("the one at /project/sub"), "{hiding}");
+    folders.remove(Path::new("/project/sub"), false).unwrap();
 
-    let open = fs::File::open(guest.path("/work/file")).unwrap();
-    let busy = folders.remove(Path::new("/work"), false).unwrap_err();
+    let open = fs::File::open(guest.path("/project/file")).unwrap();
+    let busy = folders.remove(Path::new("/project"), false).unwrap_err();
     let busy = format!("{:#}", anyhow::Error::new(busy));
     assert!(
-        busy.contains("/work in the guest stays: it is in use"),
+        busy.contains("/project in the guest stays: it is in use"),
         "{busy}"
     );
     assert_eq!(folders.list().len(), 1);
     drop(open);
     eventually("it is in use no longer", || {
-        folders.remove(Path::new("/work"), false).is_ok()
+        folders.remove(Path::new("/project"), false).is_ok()
     });
     assert!(folders.list().is_empty());
     let gone = folders
-        .remove(Path::new("/work"), false)
+        .remove(Path::new("/project"), false)
         .unwrap_err()
         .to_string();
-    assert_eq!(gone, "no folder is shared at /work in the guest");
+    assert_eq!(gone, "no folder is shared at /project in the guest");
 
     folders.add(work).unwrap();
-    let open = fs::File::open(guest.path("/work/file")).unwrap();
-    folders.remove(Path::new("/work"), true).unwrap();
+    let open = fs::File::open(guest.path("/project/file")).unwrap();
+    folders.remove(Path::new("/project"), true).unwrap();
     drop(open);
-    assert!(!guest.path("/work/file").exists());
+    assert!(!guest.path("/project/file").exists());
 }
 
 #[test]
 fn what_the_guest_unmounts_itself_is_there_no_longer() {
     let Some((dir, guest)) = set_up() else { return };
-    let folders = folders(vec![volume(&dir, "src:/work")]);
+    let folders = folders(vec![volume(&dir, "src:/project")]);
     folders.attach(&guest.link()).unwrap();
     let flags = rustix::mount::UnmountFlags::empty();
-    rustix::mount::unmount(guest.path("/work"), flags).unwrap();
+    rustix::mount::unmount(guest.path("/project"), flags).unwrap();
     eventually("it is not listed", || folders.list().is_empty());
-    folders.add(volume(&dir, "src:/work")).unwrap();
+    folders.add(volume(&dir, "src:/project")).unwrap();
 }
 
 #[test]
 fn what_the_host_changes_is_seen_and_heard_in_the_guest() {
     let Some((dir, guest)) = set_up() else { return };
-    let folders = folders(vec![volume(&dir, "src:/work")]);
+    let folders = folders(vec![volume(&dir, "src:/project")]);
     folders.attach(&guest.link()).unwrap();
     assert_eq!(
-        fs::read_to_string(guest.path("/work/file")).unwrap(),
+        fs::read_to_string(guest.path("/project/file")).unwrap(),
         "host"
     );
-    assert!(!guest.path("/work/new").exists());
+    assert!(!guest.path("/project/new").exists());
     // By another process: this one's own changes are the guest's.
     let script = "echo changed > file; echo new > new; mv new renamed; rm renamed; touch last";
     let mut shell = std::process::Command::new("sh");
@@ -224,7 +227,7 @@ fn what_the_host_changes_is_seen_and_heard_in_the_guest() {
         .status();
     assert!(status.unwrap().success());
     eventually("the file is another", || {
-        fs::read_to_string(guest.path("/work/file")).is_ok_and(|text| text == "changed\n")
+        fs::read_to_string(guest.path("/project/file")).is_ok_and(|text| text == "changed\n")
     });
     eventually("the last change is told", || {
         guest.told().iter().any(|change| change.name == b"last")
@@ -245,10 +248,10 @@ fn what_the_host_changes_is_seen_and_heard_in_the_guest() {
 #[test]
 fn an_agent_that_does_not_replay_keeps_nobody_from_the_files() {
     let Some((dir, guest)) = set_up() else { return };
-    let folders = folders(vec![volume(&dir, "src:/work")]);
+    let folders = folders(vec![volume(&dir, "src:/project")]);
     folders.attach(&guest.link()).unwrap();
     guest.stop_replaying();
-    assert!(!guest.path("/work/new").exists());
+    assert!(!guest.path("/project/new").exists());
     for round in 0..20 {
         let script = format!("echo {round} > new; mv new file");
         let mut shell = std::process::Command::new("sh");
@@ -258,7 +261,7 @@ fn an_agent_that_does_not_replay_keeps_nobody_from_the_files() {
             .status();
         assert!(status.unwrap().success());
         eventually("it is seen", || {
-            fs::read_to_string(guest.path("/work/file"))
+            fs::read_to_string(guest.path("/project/file"))
                 .is_ok_and(|text| text == format!("{round}\n"))
         });
     }
@@ -269,10 +272,10 @@ fn an_agent_that_does_not_replay_keeps_nobody_from_the_files() {
 #[test]
 fn threads_end_with_the_folder() {
     let Some((dir, guest)) = set_up() else { return };
-    let folders = folders(vec![volume(&dir, "src:/work")]);
+    let folders = folders(vec![volume(&dir, "src:/project")]);
     folders.attach(&guest.link()).unwrap();
     let mounted = lock(&folders.mounted)[0].clone();
-    folders.remove(Path::new("/work"), false).unwrap();
+    folders.remove(Path::new("/project"), false).unwrap();
     assert_eq!(mounted.served.threads(), 0);
     assert_eq!(Arc::strong_count(&mounted), 1);
 }
