@@ -5,10 +5,11 @@
 //! who uses it: it is found again by its place, and known by its number.
 
 use std::ffi::CString;
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use agent::protocol::Mount;
-use rustix::fs::{AtFlags, Mode, OFlags, Statx, StatxFlags, makedev, openat, statx};
+use rustix::fs::{AtFlags, Mode, OFlags, Statx, StatxFlags, openat, statx};
 use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
@@ -16,7 +17,7 @@ use rustix::mount::{
 };
 
 use super::device;
-use crate::tree::path_of;
+use crate::tree::{Tree, path_of};
 
 /// What a string of a mount may be long: fsconfig(2) takes 256 bytes with the end.
 const MAX_SOURCE: usize = 255;
@@ -81,11 +82,7 @@ impl Filesystem {
             fsconfig_create(&context)?;
             let none = MountAttrFlags::empty();
             let control = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, none)?;
-            let known = look(&self.mount, "")?;
-            // The kernel's own way to number its devices: 20 bits are the minor number.
-            let connection =
-                (u64::from(known.stx_dev_major) << 20) | u64::from(known.stx_dev_minor);
-            let file = format!("{connection}/abort");
+            let file = format!("{}/abort", device_of(&look(&self.mount, "")?));
             openat(
                 &control,
                 file,
@@ -141,8 +138,8 @@ pub enum Place {
 pub struct Attached {
     /// The kernel's number of the mount.
     number: u64,
-    /// The filesystem's device number.
-    device: u64,
+    /// The filesystem's device, as the kernel numbers it.
+    pub device: u64,
     place: Place,
 }
 
@@ -160,6 +157,22 @@ pub enum Refusal {
 }
 
 impl Attached {
+    /// Opens its top, as a place only: it is in use as long. `root` is the machine's root.
+    ///
+    /// # Errors
+    /// Where it is not at its place any more.
+    pub fn open(&self, root: &Tree) -> io::Result<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let top = match &self.place {
+            Place::Below(parent, name) => openat(parent, &**name, flags, Mode::empty())?,
+            Place::Root => root.directory()?.try_clone_to_owned()?,
+        };
+        match look(&top, "")?.stx_mnt_id == self.number {
+            true => Ok(top),
+            false => Err(Errno::NOENT.into()),
+        }
+    }
+
     /// Unmounts it as `flags` say.
     pub fn unmount(&self, flags: UnmountFlags) -> Result<(), Refusal> {
         let Place::Below(parent, name) = &self.place else {
@@ -186,6 +199,7 @@ fn look(at: impl AsFd, name: impl rustix::path::Arg) -> rustix::io::Result<Statx
     statx(at, name, flags, StatxFlags::MNT_ID)
 }
 
+/// The kernel's own way to number its devices, which fusectl and fdinfo show: 20 bits are the minor number.
 fn device_of(seen: &Statx) -> u64 {
-    makedev(seen.stx_dev_major, seen.stx_dev_minor)
+    u64::from(seen.stx_dev_major) << 20 | u64::from(seen.stx_dev_minor)
 }

@@ -9,17 +9,22 @@
 mod attach;
 mod device;
 mod ending;
+mod handle;
 mod order;
 mod point;
 mod pump;
+mod redo;
 mod replay;
 #[cfg(test)]
 mod tests;
+mod view;
+mod watchers;
 
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use agent::protocol::{
     self, FromMount, MAX_MOUNT_QUEUES, Mount, MountPoint, MountStream, Mounted, ToMount,
@@ -41,6 +46,11 @@ use crate::serve::Machine;
 /// `S_IFMT` and `S_IFREG` of inode(7).
 const KIND: u32 = 0o170_000;
 const REGULAR: u32 = 0o100_000;
+
+/// How often, and after what pause, an unmount is tried again: files are closed a moment after they were, and
+/// a process that is just being started holds what the agent has open.
+const BUSY_TRIES: u32 = 20;
+const BUSY_PAUSE: Duration = Duration::from_millis(10);
 
 /// How long the kernel may take to let go of what was unmounted.
 const UNMOUNTED: Timespec = Timespec {
@@ -68,6 +78,7 @@ struct Folder {
 
 /// What carries a filesystem's messages.
 struct Carrying {
+    device: Arc<OwnedFd>,
     ending: Arc<Ending>,
     streams: Vec<Arc<Connection>>,
     replies: Arc<Replies>,
@@ -130,7 +141,8 @@ impl Folder {
             }
         };
         let attached = Arc::new(attached);
-        let replayer = Replayer::start(Arc::clone(&attached)).map_err(|error| {
+        let (tree, device) = (Arc::clone(&machine.root), Arc::clone(&carrying.device));
+        let replayer = Replayer::start(Arc::clone(&attached), tree, device).map_err(|error| {
             // What is mounted is seen by nobody yet who could use it.
             let _ = attached.unmount(UnmountFlags::DETACH);
             format!("no thread can be started for the shared folder: {error}")
@@ -193,16 +205,20 @@ impl Folder {
     /// Unmounts what nobody uses. Fails with a sentence; where it succeeds the mount's end follows.
     fn unmount(&self) -> Result<(), String> {
         self.replayer.wait_until_idle();
-        self.attached
-            .unmount(UnmountFlags::empty())
-            .map_err(|refusal| match refusal {
-                Refusal::Root => "it is the machine's root".to_owned(),
-                Refusal::Busy => "it is in use".to_owned(),
-                Refusal::Elsewhere => {
-                    "something else is mounted over it, or it was moved".to_owned()
-                }
-                Refusal::Other(errno) => format!("it cannot be unmounted: {errno}"),
-            })?;
+        let mut unmounted = self.attached.unmount(UnmountFlags::empty());
+        for _ in 0..BUSY_TRIES {
+            if unmounted != Err(Refusal::Busy) {
+                break;
+            }
+            thread::sleep(BUSY_PAUSE);
+            unmounted = self.attached.unmount(UnmountFlags::empty());
+        }
+        unmounted.map_err(|refusal| match refusal {
+            Refusal::Root => "it is the machine's root".to_owned(),
+            Refusal::Busy => "it is in use".to_owned(),
+            Refusal::Elsewhere => "something else is mounted over it, or it was moved".to_owned(),
+            Refusal::Other(errno) => format!("it cannot be unmounted: {errno}"),
+        })?;
         let ended = &mut [PollFd::new(&*self.carrying.ending, PollFlags::IN)];
         match poll(ended, Some(&UNMOUNTED)) {
             Ok(0) => Err(
@@ -261,11 +277,12 @@ impl Carrying {
         let mut carrying = Self {
             ending: ending.map_err(|error| format!("no event can be made: {error}"))?,
             streams: streams.values().cloned().collect(),
+            device,
             replies: Arc::new(Replies::new(request.queues)),
             pumps: Vec::new(),
         };
         for (kind, stream) in streams {
-            if let Err(error) = carrying.start_pumps(kind, stream, &device) {
+            if let Err(error) = carrying.start_pumps(kind, stream) {
                 carrying.end();
                 return Err(format!(
                     "no thread can be started for the shared folder: {error}"
@@ -275,12 +292,8 @@ impl Carrying {
         Ok(carrying)
     }
 
-    fn start_pumps(
-        &mut self,
-        kind: MountStream,
-        stream: Arc<Connection>,
-        device: &Arc<OwnedFd>,
-    ) -> io::Result<()> {
+    fn start_pumps(&mut self, kind: MountStream, stream: Arc<Connection>) -> io::Result<()> {
+        let device = &self.device;
         let ending = || Arc::clone(&self.ending);
         let given = Arc::clone(&self.replies);
         let MountStream::Requests { queue } = kind else {

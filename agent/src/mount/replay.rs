@@ -1,15 +1,24 @@
 //! Does what was done on the host once more on the mount, where somebody watches.
 
+use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
-use agent::protocol::HostChange;
+use agent::protocol::{ChangeKind, HostChange};
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::io::Errno;
 
 use super::attach::Attached;
+use super::redo::{Redo, path};
+use super::view::View;
+use super::watchers::{Watched, Watchers};
+use crate::tree::Tree;
+
+/// How far the clocks of host and machine may be apart, in seconds.
+const CLOCKS_DIFFER: i64 = 2;
 
 /// Little is called, and what is long is on the heap.
 const STACK: usize = 128 << 10;
@@ -36,7 +45,11 @@ struct Done {
 
 impl Replayer {
     /// Starts the thread.
-    pub fn start(attached: Arc<Attached>) -> io::Result<Self> {
+    pub fn start(
+        attached: Arc<Attached>,
+        root: Arc<Tree>,
+        device: Arc<OwnedFd>,
+    ) -> io::Result<Self> {
         let (to, from) = mpsc::channel();
         let (say, hear) = mpsc::channel();
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK | EventfdFlags::SEMAPHORE;
@@ -46,13 +59,20 @@ impl Replayer {
             event: eventfd(0, flags)?,
         });
         let shared = Arc::clone(&done);
+        let state = State {
+            watchers: Watchers::new(attached.device),
+            attached,
+            root,
+            device,
+            known: now(),
+        };
         let handle = thread::Builder::new()
             .name("fuse-replay".to_owned())
             .stack_size(STACK)
             .spawn(move || {
                 let own = rustix::thread::gettid().as_raw_nonzero().get();
                 if say.send(own.cast_unsigned()).is_ok() {
-                    run(&attached, &from, &shared);
+                    run(state, &from, &shared);
                 }
             })?;
         let thread = hear.recv().map_err(io::Error::other)?;
@@ -106,11 +126,117 @@ impl Done {
     }
 }
 
-fn run(_attached: &Attached, from: &Receiver<Vec<HostChange>>, done: &Done) {
-    while let Ok(_changes) = from.recv() {
+/// What the thread knows.
+struct State {
+    attached: Arc<Attached>,
+    root: Arc<Tree>,
+    device: Arc<OwnedFd>,
+    watchers: Watchers,
+    /// When it was last known what has changed: seconds since 1970.
+    known: i64,
+}
+
+fn run(mut state: State, from: &Receiver<Vec<HostChange>>, done: &Done) {
+    while let Ok(changes) = from.recv() {
+        state.redo(&changes);
         *done.lock() -= 1;
         done.idle.notify_all();
         // The counter is far from its end, so the write neither blocks nor fails.
         let _ = rustix::io::write(&done.event, &1u64.to_ne_bytes());
     }
+}
+
+impl State {
+    fn redo(&mut self, changes: &[HostChange]) {
+        let (attached, root) = (&self.attached, &self.root);
+        // A folder that is not at its place any more is seen by nobody there.
+        let view = || View::new(&attached.open(root).ok()?).ok();
+        let watched = |watchers: &Watchers, change| is_watched(&watchers.watched, change);
+        if !changes.iter().all(|change| watched(&self.watchers, change)) {
+            self.watchers.look(&view);
+        }
+        if !self.watchers.watched.is_empty()
+            && let Some(view) = view()
+        {
+            let redo = Redo {
+                view: &view,
+                watched: &self.watchers.watched,
+                device: &self.device,
+                since: self.known - CLOCKS_DIFFER,
+            };
+            redo_all(&redo, changes);
+        }
+        self.known = now();
+    }
+}
+
+fn redo_all(redo: &Redo<'_>, changes: &[HostChange]) {
+    for change in wanted(redo.watched, changes) {
+        match redo.make(change) {
+            Ok(()) => {}
+            // It has gone, or come, or become something else since: a later change tells of that.
+            Err(
+                Errno::NOENT
+                | Errno::EXIST
+                | Errno::NOTDIR
+                | Errno::ISDIR
+                | Errno::NOTEMPTY
+                | Errno::STALE
+                | Errno::LOOP,
+            ) => {}
+            // The folder is being given up, and says so.
+            Err(Errno::NOTCONN | Errno::CONNABORTED) => return,
+            Err(errno) => eprintln!(
+                "mvm-agent: those who watch {:?} are not told that the host has changed it: {errno}",
+                String::from_utf8_lossy(&path(&change.dir, &change.name))
+            ),
+        }
+    }
+}
+
+/// Those of `changes` that somebody hears, and those that have to be made before them: the host answers as if nothing
+/// of what is still to be made had happened to a name.
+fn wanted<'a>(watched: &Watched, changes: &'a [HostChange]) -> Vec<&'a HostChange> {
+    let mut names: HashSet<Vec<u8>> = HashSet::new();
+    let mut wanted = Vec::new();
+    for change in changes.iter().rev() {
+        let mut ends = vec![path(&change.dir, &change.name)];
+        if let ChangeKind::Moved { dir, name } = &change.what {
+            ends.push(path(dir, name));
+        }
+        let is_needed = names_something(&change.what) && ends.iter().any(|end| names.contains(end));
+        if is_needed || is_watched(watched, change) {
+            wanted.push(change);
+            for end in &ends {
+                let slashes = end.iter().enumerate().filter(|(_, byte)| **byte == b'/');
+                names.extend(slashes.filter_map(|(at, _)| end.get(..at).map(<[u8]>::to_vec)));
+            }
+            names.extend(ends);
+        }
+    }
+    wanted.reverse();
+    wanted
+}
+
+/// Whether a name means something else than before.
+fn names_something(what: &ChangeKind) -> bool {
+    !matches!(
+        what,
+        ChangeKind::Modified | ChangeKind::CloseWrite | ChangeKind::Attributes
+    )
+}
+
+/// Whether somebody watches what has changed, or where it has.
+fn is_watched(watched: &Watched, change: &HostChange) -> bool {
+    let at = |dir: &[u8], name: &[u8]| watched.has(dir) || watched.has(&path(dir, name));
+    at(&change.dir, &change.name)
+        || match &change.what {
+            ChangeKind::Moved { dir, name } => at(dir, name),
+            ChangeKind::Overflow => !watched.is_empty(),
+            _ => false,
+        }
+}
+
+fn now() -> i64 {
+    rustix::time::clock_gettime(rustix::time::ClockId::Realtime).tv_sec
 }

@@ -14,7 +14,7 @@ use crate::host::{Key, Stat};
 use crate::inode::{Place, lock};
 use crate::owner::Override;
 use crate::watch::{Before, HostEvent, Kind, Replay};
-use crate::wire::{EntryOut, OpenOut, fopen};
+use crate::wire::{AttrOut, EntryOut, OpenOut, fopen};
 
 /// A filesystem that no file is on: the one of names that the host has not any more.
 const NOWHERE: u64 = u64::MAX;
@@ -123,6 +123,21 @@ impl Share {
         Ok(EntryOut {
             attr_valid: FOREVER.as_secs(),
             ..entry
+        })
+    }
+
+    /// What is left of a file that the host has removed: no name.
+    pub(crate) fn attributes_gone(&self, id: u64) -> Result<AttrOut, Errno> {
+        let inode = self.inodes.get(id)?;
+        let stat = Stat {
+            nlink: 0,
+            ..Stat::nothing(inode.key, inode.kind)
+        };
+        Ok(AttrOut {
+            attr_valid: FOREVER.as_secs(),
+            attr_valid_nsec: 0,
+            dummy: 0,
+            attr: self.attr(&inode, &stat, &Override::default()),
         })
     }
 

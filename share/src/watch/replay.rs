@@ -84,8 +84,8 @@ pub(crate) fn answer(
         return None;
     }
     use Opcode::{
-        Create, Fallocate, Link, Lookup, Mkdir, Mknod, Open, Removexattr, Rename, Rename2, Rmdir,
-        Setattr, Setxattr, Symlink, Tmpfile, Unlink, Write,
+        Create, Fallocate, Getattr, Link, Lookup, Mkdir, Mknod, Open, Removexattr, Rename, Rename2,
+        Rmdir, Setattr, Setxattr, Symlink, Tmpfile, Unlink, Write,
     };
     match opcode {
         Lookup => lookup(share, header, args, reply).transpose(),
@@ -94,6 +94,13 @@ pub(crate) fn answer(
         Rename | Rename2 => Some(rename(share, opcode, header, args)),
         Setattr => {
             let seen = share.getattr(header.nodeid);
+            Some(seen.and_then(|seen| reply.push(&seen)))
+        }
+        Getattr => {
+            let seen = match share.getattr(header.nodeid) {
+                Err(Errno::NOENT | Errno::STALE) => share.attributes_gone(header.nodeid),
+                seen => seen,
+            };
             Some(seen.and_then(|seen| reply.push(&seen)))
         }
         Open => {

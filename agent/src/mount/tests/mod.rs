@@ -3,6 +3,7 @@
 //! They need root and FUSE, and say where they are skipped.
 
 mod mounting;
+mod replaying;
 
 use std::io::{self, IoSlice, Read, Write};
 use std::net::Shutdown;
@@ -11,12 +12,12 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
-use agent::protocol::{self, FromMount, Mount, MountPoint, MountStream, Open, ToMount};
+use agent::protocol::{self, FromMount, Mount, MountPoint, MountStream, Mounted, Open, ToMount};
 use rustix::mount::UnmountFlags;
-use share::{Channel, Options, Share};
+use share::{Channel, HostEvent, Options, Share};
 
 use crate::tests::connect;
 
@@ -80,6 +81,10 @@ pub struct Folder {
     pub control: UnixStream,
     pub share: Arc<Share>,
     pub streams: Vec<UnixStream>,
+    /// The thread that does the host's changes again.
+    pub replayer: u32,
+    /// What was done on the host.
+    pub events: mpsc::Receiver<Vec<HostEvent>>,
 }
 
 /// The host's side of a mount that is not mounted yet.
@@ -133,12 +138,19 @@ impl Folder {
         let kind = MountStream::Notifications;
         let stream = connect(&Open::MountStream { mount, kind });
         let (notices, watched) = (Queue::new(&stream), share.clone());
+        let (tell, events) = mpsc::channel();
         thread::spawn(move || {
-            let _ = share::watch(&watched, &notices, &mut |_| {});
+            let mut tell = |events: &[HostEvent]| {
+                // The test may have ended.
+                let _ = tell.send(events.to_vec());
+            };
+            let _ = share::watch(&watched, &notices, &mut tell);
         });
         streams.push(stream);
         match receive(&control) {
-            FromMount::Mounted(Ok(_)) => Ok(Self {
+            FromMount::Mounted(Ok(Mounted { replayer })) => Ok(Self {
+                replayer,
+                events,
                 control,
                 share,
                 streams,
