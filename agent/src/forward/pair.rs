@@ -250,7 +250,14 @@ impl End {
         let mut taken = 0;
         while let Some(rest @ [_, ..]) = bytes.get(taken..) {
             match send(&self.socket, rest, SendFlags::NOSIGNAL) {
-                Ok(length) => taken += length,
+                Ok(length) => {
+                    taken += length;
+                    if length < rest.len() {
+                        // There was no room for more: the next event tells when there is.
+                        self.writable = false;
+                        break;
+                    }
+                }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
                     self.writable = false;

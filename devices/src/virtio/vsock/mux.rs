@@ -39,8 +39,11 @@ use super::{HOST_CID, VsockConfig, linger};
 /// The most resets that wait for receive buffers before the guest's packets wait too.
 pub(super) const MAX_RESETS: usize = 1024;
 
-/// Bytes that a connection may hold for its host stream at most.
-const BUF_ALLOC_MAX: u32 = 256 << 10;
+/// Bytes that a connection may hold for its host stream at most: those whose data flows. The guest is woken up
+/// for each quarter of it that came free.
+const BUF_ALLOC_MAX: u32 = 1 << 20;
+/// What a new connection may hold at most.
+const BUF_ALLOC_FIRST: u32 = 256 << 10;
 /// What every connection may hold.
 const BUF_ALLOC_MIN: u32 = 16 << 10;
 /// What all connections together may hold beyond that. New connections get from the first half;
@@ -311,7 +314,7 @@ impl Mux {
     /// What the next connection may hold.
     fn buf_alloc(&self) -> u32 {
         let share = (BUFFER_BUDGET / 2).saturating_sub(self.promised) / 32;
-        let most = BUF_ALLOC_MAX - BUF_ALLOC_MIN;
+        let most = BUF_ALLOC_FIRST - BUF_ALLOC_MIN;
         BUF_ALLOC_MIN + u32::try_from(share).map_or(most, |share| share.min(most))
     }
 

@@ -124,7 +124,7 @@ fn a_connection_that_comes_late_has_little_credit_until_it_is_busy() {
     let data = pattern(16 << 10, 31);
     guest.send_data(host_port, guest_port, &data);
     let update = guest.expect(VIRTIO_VSOCK_OP_CREDIT_UPDATE);
-    assert_eq!(update.header.buf_alloc, 256 << 10);
+    assert_eq!(update.header.buf_alloc, 1 << 20);
     assert!(read(&crowd.clients[1000], data.len()) == data);
 }
 
