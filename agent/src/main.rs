@@ -9,6 +9,7 @@ mod command;
 mod connection;
 mod console;
 mod copy;
+mod directory;
 mod entropy;
 mod forward;
 mod hello;

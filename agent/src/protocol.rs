@@ -98,6 +98,8 @@ pub enum Open {
     Pack(Pack),
     /// Unpack the archive that follows in chunks; answered with [`FromUnpack`].
     Unpack(Unpack),
+    /// Make these directories in the machine's root, those that are missing; answered with [`Done`].
+    MakeDirectories(Vec<NewDirectory>),
     /// Tell the numbers of `NAME`, `UID`, `NAME:GROUP` or `UID:GID` in the machine's root; answered with
     /// [`Identified`].
     Identify {
@@ -114,6 +116,17 @@ pub enum Open {
         /// What it carries.
         kind: MountStream,
     },
+}
+
+/// A directory that is to be there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewDirectory {
+    /// Absolute. What is missing above it is made too, for everybody to enter, and is root's.
+    pub path: Vec<u8>,
+    /// Permissions that it gets where it is made.
+    pub mode: u32,
+    /// Whose it is where it is made.
+    pub owner: UserIds,
 }
 
 /// Who somebody is in the guest, or one sentence that says why that is nobody.

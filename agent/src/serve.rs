@@ -14,6 +14,7 @@ use agent::protocol::{
 use crate::clock;
 use crate::connection::Connection;
 use crate::copy;
+use crate::directory;
 use crate::forward;
 use crate::mount;
 use crate::reap::Reaper;
@@ -137,6 +138,9 @@ fn serve(machine: &Machine, connection: Connection, open: Open) -> io::Result<()
             let set = clock::set(Duration::from_nanos(epoch_ns));
             let answer = set.map_err(|error| format!("the machine's clock cannot be set: {error}"));
             protocol::send(&connection, &Done(answer))
+        }
+        Open::MakeDirectories(directories) => {
+            protocol::send(&connection, &directory::make_all(machine, &directories))
         }
         Open::Identify { user } => protocol::send(&connection, &identify(machine, &user)),
         // The reactor's own, which it hands to nobody.
