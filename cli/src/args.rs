@@ -77,8 +77,9 @@ pub struct RunArgs {
     #[arg(long, value_name = "FILE", conflicts_with_all = ["rootfs", "command"])]
     pub initrd: Option<PathBuf>,
 
-    /// Disk image (ext4, squashfs, erofs; whole or partitioned) for the root; `:ro` keeps it unchanged
-    #[arg(long, value_name = "IMAGE[:ro]")]
+    /// Root filesystem: a disk image (ext4, squashfs, erofs; whole or partitioned), which `:ro` keeps unchanged;
+    /// a directory, which `:rw` lets the guest change; or `none` for a small one of mvm's own
+    #[arg(long, value_name = "IMAGE[:ro]|DIR[:rw]|none")]
     pub rootfs: Option<OsString>,
 
     /// Attach another disk image, unmounted

@@ -24,6 +24,7 @@ mod prepare;
 mod progress;
 mod record;
 mod resolve;
+mod rootfs;
 mod session;
 mod spares;
 mod store;

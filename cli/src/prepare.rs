@@ -9,6 +9,7 @@ use kernels::select::Role;
 use crate::accel::qemu;
 use crate::args::RunArgs;
 use crate::kernel;
+use crate::rootfs::Rootfs;
 
 /// What the caller of mvm allows to be done to the system.
 pub fn consent(yes: bool) -> Consent {
@@ -22,7 +23,7 @@ pub fn machine(args: &RunArgs, cache: &Cache) -> Result<()> {
     if args.kernel.is_none() {
         kernel::ensure(cache, Role::Machine, consent, &progress)?;
     }
-    if args.initrd.is_none() && args.rootfs.is_none() {
+    if args.initrd.is_none() && Rootfs::of(args) == Rootfs::BuiltIn {
         kernel::busybox(cache, consent, &progress)?;
     }
     Ok(())

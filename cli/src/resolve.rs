@@ -8,18 +8,15 @@ use std::path::PathBuf;
 use agent::guest::{Guest, Root};
 use agent::protocol::Exec;
 use anyhow::{Context, Result};
-use devices::virtio::block::disk;
 use kernels::cache::Cache;
 use kernels::select::Kernel;
 use vmm::boot::cmdline;
 use vmm::{DiskConfig, Initrd, MachineConfig, NetConfig, VsockConfig};
 
 use crate::args::{Net, RunArgs};
+use crate::rootfs::{self, Mode, Rootfs, split_mode};
 use crate::store::Name;
 use crate::{accel, guest, session, terminal};
-
-/// The serial number of the disk with the root filesystem.
-const ROOT_SERIAL: &str = "mvm-root";
 
 /// Every machine's vsock context id: the device is in user space, so ids need not differ.
 const GUEST_CID: u64 = 3;
@@ -27,29 +24,26 @@ const GUEST_CID: u64 = 3;
 /// The host name of a machine without a name.
 const HOSTNAME: &str = "mvm";
 
-/// Whether a word after a colon is a known option of a disk, or part of the path.
-fn split_disk(text: &OsStr) -> (PathBuf, bool) {
-    let bytes = text.as_bytes();
-    for (suffix, read_only) in [(&b":ro"[..], true), (b":rw", false)] {
-        if let Some(path) = bytes.strip_suffix(suffix) {
-            return (OsStr::from_bytes(path).into(), read_only);
-        }
-    }
-    (text.into(), false)
+/// An image that is attached, and whether it was asked to stay unchanged.
+fn disk(text: &OsStr) -> (PathBuf, bool) {
+    let (path, mode) = split_mode(text);
+    (path.into(), mode == Some(Mode::ReadOnly))
 }
 
 /// The images of a machine's disks, the root first, and whether each was asked to stay unchanged.
 pub fn disks(args: &RunArgs) -> Vec<(PathBuf, bool)> {
-    let all = args.rootfs.iter().chain(&args.disk);
-    all.map(|disk| split_disk(disk)).collect()
+    let rootfs = Rootfs::of(args);
+    let root = rootfs.image();
+    let root = root.map(|(path, read_only)| (path.to_owned(), read_only));
+    let others = args.disk.iter().map(|text| disk(text));
+    root.into_iter().chain(others).collect()
 }
 
 /// The machine's own part of the configuration; the initial RAM disk is missing where `guest` has to be
 /// packed into one.
 pub fn machine(args: &RunArgs, kernel: &Kernel, root: &Root) -> Result<MachineConfig> {
     let mut disks = Vec::new();
-    if let Some(rootfs) = &args.rootfs {
-        let (path, as_asked) = split_disk(rootfs);
+    if let Some((path, as_asked)) = Rootfs::of(args).image() {
         // One that cannot be written to may be shared by many machines, `:ro` or not.
         let read_only = matches!(
             root,
@@ -59,13 +53,13 @@ pub fn machine(args: &RunArgs, kernel: &Kernel, root: &Root) -> Result<MachineCo
             }
         );
         disks.push(DiskConfig {
-            path,
+            path: path.to_owned(),
             read_only: as_asked || read_only,
-            serial: ROOT_SERIAL.to_owned(),
+            serial: rootfs::SERIAL.to_owned(),
         });
     }
-    for (index, disk) in args.disk.iter().enumerate() {
-        let (path, read_only) = split_disk(disk);
+    for (index, text) in args.disk.iter().enumerate() {
+        let (path, read_only) = disk(text);
         disks.push(DiskConfig {
             path,
             read_only,
@@ -128,7 +122,7 @@ fn mac_address() -> Result<[u8; 6]> {
 pub fn initramfs(args: &RunArgs, kernel: &Kernel, root: &Root, cache: &Cache) -> Result<Vec<u8>> {
     let mut required = guest::MACHINE_MODULES.to_vec();
     let mut optional = guest::OPTIONAL_MODULES.to_vec();
-    if !args.disk.is_empty() || args.rootfs.is_some() {
+    if !args.disk.is_empty() || matches!(root, Root::Disk { .. }) {
         required.push("virtio_blk");
     }
     if args.net != Net::None {
@@ -148,6 +142,13 @@ pub fn initramfs(args: &RunArgs, kernel: &Kernel, root: &Root, cache: &Cache) ->
             if *read_only {
                 required.push("overlay");
             }
+        }
+        Root::Share { overlay } => {
+            required.push("fuse");
+            if *overlay {
+                required.push("overlay");
+            }
+            optional.extend(["ext4", "squashfs", "erofs", "overlay"]);
         }
         _ => {
             optional.extend(["ext4", "squashfs", "erofs", "overlay"]);
@@ -171,25 +172,6 @@ pub fn initramfs(args: &RunArgs, kernel: &Kernel, root: &Root, cache: &Cache) ->
         .map(|(path, mode, content)| (*path, *mode, content.as_slice()))
         .collect();
     guest::initramfs(description, &modules, &files)
-}
-
-/// Where the guest's root is; looks into the image to know how to mount it.
-pub fn root(args: &RunArgs) -> Result<Root> {
-    let Some(rootfs) = &args.rootfs else {
-        return Ok(Root::Initramfs);
-    };
-    let (path, read_only) = split_disk(rootfs);
-    // Only looked into; the machine opens it for what it does with it.
-    let file = disk::open_image(&path, true)?;
-    let image = vmm::image::probe(&file)
-        .with_context(|| format!("{} cannot be a root filesystem", path.display()))?;
-    Ok(Root::Disk {
-        serial: ROOT_SERIAL.to_owned(),
-        partition: image.partition,
-        filesystem: image.filesystem.to_owned(),
-        // These two have no writable form.
-        read_only: read_only || matches!(image.filesystem, "squashfs" | "erofs"),
-    })
 }
 
 /// The command as the agent is asked for it.
@@ -234,18 +216,6 @@ fn bytes(text: &OsStr) -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn only_a_known_suffix_is_an_option() {
-        for (text, path, read_only) in [
-            ("a.img", "a.img", false),
-            ("a.img:ro", "a.img", true),
-            ("a.img:rw", "a.img", false),
-            ("a:b", "a:b", false),
-        ] {
-            assert_eq!(split_disk(OsStr::new(text)), (path.into(), read_only));
-        }
-    }
 
     #[test]
     fn an_unset_variable_is_not_passed_on() {

@@ -85,6 +85,13 @@ pub fn small(filesystem: Filesystem) -> PathBuf {
     })
 }
 
+/// A busybox system in a directory.
+pub fn small_tree() -> tempfile::TempDir {
+    let tree = tempfile::tempdir().expect("a temporary directory can be made");
+    plant_busybox(tree.path());
+    tree
+}
+
 /// A Debian system with what tests run in it; None, said aloud, where `test` lacks the root it takes to make one.
 pub fn debian(filesystem: Filesystem, test: &str) -> Option<PathBuf> {
     if !host::is_root() {

@@ -66,6 +66,12 @@ pub enum FolderError {
         /// Why not.
         source: Box<FolderError>,
     },
+    /// The guest did not take it for its root.
+    #[error("the machine's root is not mounted")]
+    Root {
+        /// Why not.
+        source: Box<FolderError>,
+    },
     /// The guest did not let go of it.
     #[error("the folder at {path} in the guest stays", path = guest.display())]
     Unmount {

@@ -5,6 +5,7 @@
 
 mod error;
 mod gather;
+mod root;
 mod served;
 pub mod spec;
 mod stream;
@@ -22,6 +23,7 @@ use rustix::process::Resource;
 use share::{Cache, Ids, Limits, Options, Owner, Share};
 
 pub use self::error::FolderError;
+pub use self::root::Root;
 use self::served::{Place, Served};
 use self::spec::Volume;
 use crate::link::Link;
@@ -48,6 +50,12 @@ pub struct Folder {
 #[derive(Debug)]
 pub struct Folders {
     declared: Vec<Volume>,
+    /// Whether the guest can change the machine's root.
+    root_is_writable: bool,
+    /// The machine's root, until the guest is up.
+    root: Mutex<Option<Root>>,
+    /// The machine's root, once the guest has it.
+    served_root: Mutex<Option<Served>>,
     /// Who commands run as, as it was typed.
     user: Option<String>,
     queues: u32,
@@ -92,6 +100,9 @@ impl Folders {
         }
         Ok(Self {
             declared,
+            root_is_writable: false,
+            root: Mutex::default(),
+            served_root: Mutex::default(),
             user,
             queues: u32::from(cpus).clamp(2, 4),
             link: OnceLock::new(),
@@ -101,9 +112,18 @@ impl Folders {
         })
     }
 
-    /// How many are declared.
-    pub fn declared(&self) -> usize {
-        self.declared.len()
+    /// These, and `root` as the machine's root.
+    pub fn with_root(self, root: Root) -> Self {
+        Self {
+            root_is_writable: root.is_writable(),
+            root: Mutex::new(Some(root)),
+            ..self
+        }
+    }
+
+    /// Whether nothing is to be mounted.
+    pub fn is_empty(&self) -> bool {
+        self.declared.is_empty() && lock(&self.root).is_none()
     }
 
     /// Mounts the declared ones in the guest behind `link`, which is up.
@@ -114,6 +134,11 @@ impl Folders {
         // A guest greets once.
         let _ = self.link.set(link.clone());
         let _changing = lock(&self.changing);
+        let root = lock(&self.root).take();
+        if let Some(root) = root {
+            let served = root.mount(link, self.queues)?;
+            *lock(&self.served_root) = Some(served);
+        }
         for volume in &self.declared {
             self.mount(volume.clone())?;
         }
@@ -156,6 +181,7 @@ impl Folders {
             source: volume.host.as_os_str(),
             read_only: volume.read_only,
             queues: self.queues,
+            replayed: true,
         };
         let served = Served::start(link, share, &place).map_err(|error| FolderError::Mount {
             guest: volume.guest.clone(),
@@ -209,12 +235,14 @@ impl Folders {
     /// Whether the guest may be about to write to one of them.
     pub fn writes(&self) -> bool {
         let there = self.there();
-        there.iter().any(|mounted| !mounted.folder.volume.read_only)
+        let mut there = there.iter();
+        self.root_is_writable || there.any(|mounted| !mounted.folder.volume.read_only)
     }
 
     /// Serves none any more.
     pub fn end(&self) {
         lock(&self.mounted).clear();
+        lock(&self.served_root).take();
     }
 
     /// Those that were not unmounted by the guest itself.
@@ -286,14 +314,19 @@ impl Folders {
 
     /// How many descriptors this process may have that no folder may take.
     fn files_left(&self) -> usize {
-        let limit = rustix::process::getrlimit(Resource::Nofile).current;
-        let limit = limit.and_then(|limit| usize::try_from(limit).ok());
-        let taken: usize = self.there().iter().map(|mounted| mounted.files).sum();
-        limit
-            .unwrap_or(MAX_FILES)
-            .min(MAX_FILES)
-            .saturating_sub(taken)
+        let mut taken: usize = self.there().iter().map(|mounted| mounted.files).sum();
+        if lock(&self.served_root).is_some() {
+            taken += Root::files();
+        }
+        files_allowed().saturating_sub(taken)
     }
+}
+
+/// How many descriptors all folders together may take.
+fn files_allowed() -> usize {
+    let limit = rustix::process::getrlimit(Resource::Nofile).current;
+    let limit = limit.and_then(|limit| usize::try_from(limit).ok());
+    limit.unwrap_or(MAX_FILES).min(MAX_FILES)
 }
 
 /// Who `user` is in the guest behind `link`.

@@ -40,6 +40,8 @@ pub struct Place<'a> {
     pub read_only: bool,
     /// How many queues carry its requests.
     pub queues: u32,
+    /// Whether the agent does the host's changes again, for who watches.
+    pub replayed: bool,
 }
 
 /// A folder that is mounted until this is ended or dropped.
@@ -97,11 +99,15 @@ impl Served {
             }
         }
         let mounted = served.await_mounted()?;
-        let notify = |shared: &Shared| shared.watch();
+        let replayed = place.replayed;
+        let notify = move |shared: &Shared| shared.watch(replayed);
         let replay = move |shared: &Shared| shared.replay(mounted.replayer);
         served
             .spawn("folder-watch", false, notify)
-            .and_then(|()| served.spawn("folder-events", false, replay))
+            .and_then(|()| match replayed {
+                true => served.spawn("folder-events", false, replay),
+                false => Ok(()),
+            })
             .map_err(FolderError::Thread)?;
         Ok(served)
     }
@@ -230,8 +236,12 @@ impl Shared {
         queue.end();
     }
 
-    fn watch(&self) {
-        let mut tell = |events: &[HostEvent]| self.gathered.add(events);
+    fn watch(&self, replayed: bool) {
+        let mut tell = |events: &[HostEvent]| {
+            if replayed {
+                self.gathered.add(events);
+            }
+        };
         if let Err(error) = share::watch(&self.share, &self.notices, &mut tell) {
             tracing::debug!("a folder's changes are not followed any more: {error}");
         }

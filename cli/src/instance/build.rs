@@ -10,6 +10,7 @@ use vmm::{Initrd, Machine};
 
 use super::SetUp;
 use crate::args::RunArgs;
+use crate::rootfs::Rootfs;
 use crate::{kernel, resolve};
 
 /// A machine whose vCPUs are paused before their first instruction.
@@ -25,7 +26,7 @@ pub fn build(args: &RunArgs, cache: &Cache, console: Box<dyn Write + Send>) -> R
     let started = Instant::now();
     let kernel = kernel::find(cache, args.kernel.as_deref(), Role::Machine)?
         .context("there is no kernel to boot: fetch one with `mvm kernel fetch`")?;
-    let root = resolve::root(args)?;
+    let root = Rootfs::of(args).root(args)?;
     let mut config = resolve::machine(args, &kernel, &root)?;
     if config.initrd.is_none() {
         let initramfs = resolve::initramfs(args, &kernel, &root, cache)?;

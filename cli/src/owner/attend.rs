@@ -173,7 +173,7 @@ impl Attendant {
     /// Has the guest mount the declared folders; an exit code where a signal came first.
     fn await_folders(&mut self, link: &Link) -> Result<Option<i32>> {
         let (folders, link) = (self.machine.folders.clone(), link.clone());
-        if folders.declared() == 0 {
+        if folders.is_empty() {
             folders.attach(&link)?;
             return Ok(None);
         }

@@ -8,11 +8,12 @@ use anyhow::{Context, Result};
 
 use super::Owned;
 use crate::args::RunArgs;
-use crate::folder::Folders;
 use crate::folder::spec::Volume;
+use crate::folder::{Folders, Root};
 use crate::forward::proxy::Proxy;
 use crate::forward::spec::{GuestEnd, HostEnd, PortRange, Publish};
 use crate::forward::{Auto, Declarations, Forwarder};
+use crate::rootfs::Rootfs;
 use crate::store::{Bytes, Changes, Definition};
 
 /// Where the caller's SSH agent is in the guest.
@@ -56,7 +57,15 @@ pub fn folders(args: &RunArgs, definition: &Definition) -> Result<Folders> {
         None => args.folder.volume.clone(),
         Some(list) => list.iter().map(volume).collect::<Result<_>>()?,
     };
-    Ok(Folders::new(declared, args.user.clone(), args.cpus)?)
+    let folders = Folders::new(declared, args.user.clone(), args.cpus)?;
+    Ok(match Rootfs::of(args) {
+        Rootfs::Directory { path, writable } => {
+            let root = Root::directory(&path, writable)
+                .with_context(|| format!("{} cannot be a root filesystem", path.display()))?;
+            folders.with_root(root)
+        }
+        Rootfs::BuiltIn | Rootfs::Image { .. } => folders,
+    })
 }
 
 /// A folder that was declared at the control socket or is written down.

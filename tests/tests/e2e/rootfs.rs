@@ -108,6 +108,55 @@ fn machines_share_an_image_that_both_only_read() {
 }
 
 #[test]
+fn a_directory_is_a_root_that_can_be_written_and_stays_as_it_is() {
+    let tree = image::small_tree();
+    let output = Guest::new().rootfs(tree.path()).run(
+        "grep -c alice /etc/passwd; echo new >/root/file && rm /etc/group && cat /root/file
+         mount | grep ' / ' | cut -d' ' -f5; stat -c %u /bin/busybox",
+    );
+    output
+        .expect_code(0)
+        .expect_stdout("1\nnew\noverlay\n0\n")
+        .expect_nothing_left();
+    assert!(!tree.path().join("root/file").exists());
+    assert!(tree.path().join("etc/group").exists());
+}
+
+#[test]
+fn what_is_written_to_a_directory_is_there_where_that_was_asked_for() {
+    let tree = image::small_tree();
+    let mut writable = tree.path().as_os_str().to_owned();
+    writable.push(":rw");
+    let output = Guest::new()
+        .option("--rootfs", &writable)
+        .run("echo kept >/root/file; chown 7:8 /root/file; rm /etc/group; cat /etc/passwd | wc -l");
+    output.expect_code(0).expect_in_stderr("");
+    assert!(!tree.path().join("etc/group").exists());
+    let output = Guest::new()
+        .option("--rootfs", &writable)
+        .run("cat /root/file; stat -c %u:%g /root/file; id -un alice");
+    output.expect_code(0).expect_stdout("kept\n7:8\nalice\n");
+}
+
+#[test]
+fn a_directory_that_is_no_root_is_refused() {
+    let tree = image::small_tree();
+    for (option, value) in [("--init", "/bin/init"), ("--rootfs", "/nowhere/at/all")] {
+        let output = Guest::new()
+            .rootfs(tree.path())
+            .option(option, value)
+            .run("true");
+        output
+            .expect_code(125)
+            .expect_stdout("")
+            .expect_nothing_left();
+    }
+    let empty = tempfile::tempdir().expect("a temporary directory can be made");
+    let output = Guest::new().rootfs(empty.path()).run("true");
+    output.expect_code(127).expect_stdout("");
+}
+
+#[test]
 fn a_roots_own_init_can_be_the_first_process() {
     let image = image::small(Filesystem::Squashfs);
     let output = Guest::new()
