@@ -17,6 +17,9 @@ pub enum Answer {
     Reply,
     /// Nobody waits for a reply.
     Silence,
+    /// A lock is somebody else's: the request is to be dispatched again with [`again`], until that
+    /// gives a reply.
+    Later,
 }
 
 /// Does what `message` asks for; what is to be said to it is put into `reply`, header and all.
@@ -36,8 +39,14 @@ pub fn dispatch<'a>(share: &Share, message: &[u8], reply: &'a mut Reply) -> (Ans
             let _ = forget(share, &header, args);
             return (Answer::Silence, &[]);
         }
-        // Whatever is to be interrupted is short, and answered as soon as it is done.
-        Some(Opcode::Interrupt) => return (Answer::Silence, &[]),
+        Some(Opcode::Interrupt) => {
+            interrupt(share, args);
+            return (Answer::Silence, &[]);
+        }
+        Some(Opcode::Setlkw) => match wait_for_lock(share, &header, args) {
+            Err(Errno::AGAIN) => return (Answer::Later, &[]),
+            outcome => outcome,
+        },
         Some(opcode) => match watch::answer(share, opcode, &header, args, reply) {
             Some(outcome) => outcome,
             None => run(share, opcode, &header, args, reply),
@@ -47,6 +56,52 @@ pub fn dispatch<'a>(share: &Share, message: &[u8], reply: &'a mut Reply) -> (Ans
         tracing::trace!(opcode = header.opcode, node = header.nodeid, %errno, "refused");
     }
     (Answer::Reply, reply.finish(header.unique, outcome))
+}
+
+/// Does once more what a request asks for that was to be done [`Answer::Later`].
+pub fn again<'a>(share: &Share, message: &[u8], reply: &'a mut Reply) -> (Answer, &'a [u8]) {
+    reply.clear();
+    let Ok((header, mut args)) = Args::parse(message) else {
+        return (Answer::Silence, &[]);
+    };
+    let outcome = match share.locks.is_interrupted(header.unique) {
+        true => Err(Errno::INTR),
+        false => args
+            .take()
+            .and_then(|asked| share.set_lock(header.nodeid, &asked)),
+    };
+    if outcome == Err(Errno::AGAIN) {
+        return (Answer::Later, &[]);
+    }
+    share.locks.end_wait(header.unique);
+    (Answer::Reply, reply.finish(header.unique, outcome))
+}
+
+/// What was to be done [`Answer::Later`] is not done any more: `ENOLCK` is put into `reply`.
+pub fn give_up<'a>(share: &Share, message: &[u8], reply: &'a mut Reply) -> &'a [u8] {
+    let unique = Args::parse(message).map_or(0, |(header, _)| header.unique);
+    share.locks.end_wait(unique);
+    reply.finish(unique, Err(Errno::NOLCK))
+}
+
+/// Takes a lock; `EAGAIN` where that has to be tried again.
+fn wait_for_lock(share: &Share, header: &InHeader, mut args: Args<'_>) -> Result<(), Errno> {
+    let asked: wire::LkIn = args.take()?;
+    let outcome = share.set_lock(header.nodeid, &asked);
+    if outcome == Err(Errno::AGAIN) {
+        share.locks.begin_wait(header.unique)?;
+    }
+    outcome
+}
+
+/// Whatever is to be interrupted is short, and answered as soon as it is done, but for who waits for a
+/// lock.
+fn interrupt(share: &Share, mut args: Args<'_>) {
+    if let Ok(asked) = args.take::<wire::InterruptIn>()
+        && share.has(wire::init::POSIX_LOCKS)
+    {
+        share.locks.interrupt(asked.unique);
+    }
 }
 
 fn forget(share: &Share, header: &InHeader, mut args: Args<'_>) -> Result<(), Errno> {
@@ -94,10 +149,8 @@ fn run(
         Read | Write | Fallocate | Lseek | CopyFileRange => {
             data(share, opcode, header, args, reply)
         }
-        // Locks are those of the guest's kernel, and there is nothing to flush on closing: it does
-        // not ask again.
-        Flush | Getlk | Setlk | Setlkw => Err(Errno::NOSYS),
-        Forget | BatchForget | Interrupt => Err(Errno::INVAL),
+        Flush | Getlk | Setlk => locks(share, opcode, header, args, reply),
+        Forget | BatchForget | Interrupt | Setlkw => Err(Errno::INVAL),
     }
 }
 
@@ -269,6 +322,24 @@ fn handles(
         _ => {
             share.release(args.take::<wire::ReleaseIn>()?.fh);
             Ok(())
+        }
+    }
+}
+
+fn locks(
+    share: &Share,
+    opcode: Opcode,
+    header: &InHeader,
+    mut args: Args<'_>,
+    reply: &mut Reply,
+) -> Result<(), Errno> {
+    let id = header.nodeid;
+    match opcode {
+        Opcode::Flush => share.flush(id, &args.take()?),
+        Opcode::Setlk => share.set_lock(id, &args.take()?),
+        _ => {
+            let lk = share.test_lock(id, &args.take()?)?;
+            reply.push(&wire::LkOut { lk })
         }
     }
 }

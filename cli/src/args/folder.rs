@@ -10,7 +10,7 @@ use crate::store::Name;
 /// Folders of the host.
 #[derive(Debug, Clone, Args)]
 pub struct FolderArgs {
-    /// Share a folder or a file of the host; options: ro, uid=N, gid=N, cache=auto|strict|private
+    /// Share a folder or a file of the host; options: ro, uid=N, gid=N, cache=auto|strict|private, locks=host
     #[arg(
         short,
         long,

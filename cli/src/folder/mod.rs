@@ -172,6 +172,7 @@ impl Folders {
             read_only: volume.read_only,
             owner: Owner::Mapped(ids),
             cache: volume.cache,
+            locking: volume.locking,
             limits: Limits::of_files(files),
             ..Options::default()
         };

@@ -6,14 +6,14 @@ use std::fmt::Write as _;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
-use share::Cache;
+use share::{Cache, Locking};
 use thiserror::Error;
 
 /// The longest path that Linux takes, its terminating zero not counted.
 const MAX_PATH: usize = 4095;
 
 /// The options, for whoever typed another one.
-const OPTIONS: &str = "ro, rw, uid=N, gid=N and cache=auto|strict|private";
+const OPTIONS: &str = "ro, rw, uid=N, gid=N, cache=auto|strict|private and locks=guest|host";
 
 /// Why a folder that was typed is none. Each is one sentence that stands behind what was typed.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -62,6 +62,8 @@ pub struct Volume {
     pub gid: Option<u32>,
     /// What the guest may believe.
     pub cache: Cache,
+    /// Whom the locks of its programs concern.
+    pub locking: Locking,
 }
 
 impl Volume {
@@ -89,6 +91,7 @@ impl Volume {
             uid: None,
             gid: None,
             cache: Cache::default(),
+            locking: Locking::default(),
         };
         for option in options.split(|&byte| byte == b',') {
             volume.set(option)?;
@@ -104,6 +107,8 @@ impl Volume {
             b"cache=auto" => self.cache = Cache::Auto,
             b"cache=strict" => self.cache = Cache::Strict,
             b"cache=private" => self.cache = Cache::Private,
+            b"locks=guest" => self.locking = Locking::Guest,
+            b"locks=host" => self.locking = Locking::Host,
             option => match option.strip_prefix(b"uid=") {
                 Some(number) => self.uid = Some(id(number)?),
                 None => match option.strip_prefix(b"gid=") {
@@ -133,6 +138,9 @@ impl Volume {
         if self.cache != Cache::Auto {
             options.push_str(",cache=");
             options.push_str(cache_name(self.cache));
+        }
+        if self.locking == Locking::Host {
+            options.push_str(",locks=host");
         }
         if !options.is_empty() {
             options.replace_range(..1, ":");

@@ -16,6 +16,7 @@ fn volume(host: &str, guest: &str) -> Volume {
         uid: None,
         gid: None,
         cache: Cache::Auto,
+        locking: Locking::Guest,
     }
 }
 
@@ -28,6 +29,7 @@ fn folders_are_read_as_they_are_written() {
         ("/src:/project:rw", plain.clone()),
         ("/src:/project:ro,rw", plain.clone()),
         ("/src:/project:cache=auto", plain.clone()),
+        ("/src:/project:locks=guest", plain.clone()),
         ("/src/:/project/", volume("/src/", "/project")),
         ("/src://a//./b/", volume("/src", "/a/b")),
         ("/with:colon:/project", volume("/with:colon", "/project")),
@@ -52,6 +54,13 @@ fn folders_are_read_as_they_are_written() {
             "/src:/project:cache=private",
             Volume {
                 cache: Cache::Private,
+                ..plain.clone()
+            },
+        ),
+        (
+            "/src:/project:locks=host",
+            Volume {
+                locking: Locking::Host,
                 ..plain.clone()
             },
         ),
@@ -97,6 +106,7 @@ fn what_is_wrong_with_a_folder_is_said() {
             "/src:/project:cache=none",
             "\"cache=none\" is not an option",
         ),
+        ("/src:/project:locks=", "\"locks=\" is not an option"),
         ("/src:/project:uid=me", "\"me\" is not the number of a user"),
         ("/src:/project:uid=", "\"\" is not the number"),
         ("/src:/project:gid=-1", "\"-1\" is not the number"),
@@ -130,12 +140,15 @@ proptest! {
         uid in proptest::option::of(0..u32::MAX),
         gid in proptest::option::of(0..u32::MAX),
         cache in 0..3_usize,
+        locks: bool,
     ) {
+        let locking = if locks { Locking::Host } else { Locking::Guest };
         let cache = [Cache::Auto, Cache::Strict, Cache::Private][cache];
-        let volume = Volume { read_only, uid, gid, cache, ..volume(&host, &guest) };
+        let volume = Volume { read_only, uid, gid, cache, locking, ..volume(&host, &guest) };
         let read = Volume::parse(&volume.text()).unwrap();
         prop_assert_eq!(&read.guest, &volume.guest);
         prop_assert_eq!((read.read_only, read.uid, read.gid, read.cache), (read_only, uid, gid, cache));
+        prop_assert_eq!(read.locking, locking);
         prop_assert_eq!(Volume::parse(&read.text()).unwrap(), read);
     }
 

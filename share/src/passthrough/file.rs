@@ -7,7 +7,7 @@ use std::sync::Arc;
 use rustix::fs::{FallocateFlags, FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::{Cache, Caller, MAX_TRANSFER, Share};
+use super::{Cache, Caller, Locking, MAX_TRANSFER, Share};
 use crate::handle::Handle;
 use crate::host::{self, Stat};
 use crate::inode::Inode;
@@ -210,7 +210,14 @@ impl Share {
     }
 
     pub(crate) fn release(&self, fh: u64) {
-        drop(self.handles.remove(fh));
+        let Some(handle) = self.handles.remove(fh) else {
+            return;
+        };
+        let inode = handle.inode.clone();
+        drop(handle);
+        if self.options.locking == Locking::Host {
+            self.locks.released(&inode);
+        }
     }
 
     pub(crate) fn fsync(&self, id: u64, fh: u64, flags: u32) -> Result<(), Errno> {

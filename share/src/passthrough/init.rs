@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use rustix::io::Errno;
 
-use super::{Cache, MAX_TRANSFER, Share};
+use super::{Cache, Locking, MAX_TRANSFER, Share};
 use crate::wire::{self, InitIn, InitOut, init};
 
 /// What is used wherever the guest's kernel has it.
@@ -85,12 +85,17 @@ impl Share {
             Cache::Auto | Cache::Strict => init::AUTO_INVAL_DATA,
             Cache::Private => TOLD | init::WRITEBACK_CACHE,
         };
-        ALWAYS | acl | cache
+        let locks = match self.options.locking {
+            Locking::Guest => 0,
+            Locking::Host => init::POSIX_LOCKS | init::FLOCK_LOCKS,
+        };
+        ALWAYS | acl | cache | locks
     }
 
     /// The guest's kernel has let go of everything.
     pub(crate) fn forget_all(&self) {
         self.handles.clear();
+        self.locks.clear();
         self.end_listing(None);
         for inode in self.inodes.clear() {
             self.forgotten(&inode);

@@ -8,6 +8,7 @@ mod attr;
 mod entry;
 mod file;
 mod init;
+mod locking;
 mod readdir;
 mod replay;
 mod told;
@@ -30,6 +31,7 @@ use thiserror::Error;
 use crate::handle::{Handle, Handles};
 use crate::host::{Descriptors, Key, Stat};
 use crate::inode::{Held, Inode, Inodes};
+use crate::lock::Locks;
 use crate::owner::{Ids, Override, Owner, Owners, SUID_SGID};
 use crate::view::{Filter, Scope};
 use crate::watch::{Replay, Watcher};
@@ -53,6 +55,17 @@ pub enum Cache {
     Strict,
     /// All, for good: nobody else changes the share. Writes are collected in the guest.
     Private,
+}
+
+/// Whom the locks of the guest's programs concern.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Locking {
+    /// The guest's own programs.
+    #[default]
+    Guest,
+    /// The host's programs and other guests too. They see what was written before a lock was given up,
+    /// as the guest believes nothing for long: [`Options::cache`] is as if it were [`Cache::Strict`].
+    Host,
 }
 
 /// How much the guest may make this process hold.
@@ -97,6 +110,8 @@ pub struct Options {
     pub owner: Owner,
     /// What the guest may believe.
     pub cache: Cache,
+    /// Whom the locks of the guest's programs concern.
+    pub locking: Locking,
     /// Whether POSIX access lists hold in the guest. Costs it one more request for each file that
     /// somebody else than its owner uses.
     pub acl: bool,
@@ -110,6 +125,7 @@ impl Default for Options {
             read_only: false,
             owner: Owner::Mapped(Ids { uid: 0, gid: 0 }),
             cache: Cache::default(),
+            locking: Locking::default(),
             acl: true,
             limits: Limits::default(),
         }
@@ -160,6 +176,7 @@ pub struct Share {
     fds: Descriptors,
     inodes: Inodes,
     handles: Handles,
+    pub(crate) locks: Locks,
     /// Directories in the middle of being listed that were never opened, the oldest first.
     parked: Mutex<VecDeque<Arc<Handle>>>,
     /// Where the guest is told of changes.
@@ -177,7 +194,10 @@ impl Share {
     ///
     /// # Errors
     /// Where it cannot be opened or is neither a directory nor a regular file.
-    pub fn open(path: &Path, options: Options) -> Result<Self, ShareError> {
+    pub fn open(path: &Path, mut options: Options) -> Result<Self, ShareError> {
+        if options.locking == Locking::Host {
+            options.cache = Cache::Strict;
+        }
         let shown = || path.display().to_string();
         let opened = |source| ShareError::Open {
             path: shown(),
@@ -197,6 +217,7 @@ impl Share {
             fds,
             inodes: Inodes::new(root, &stat, limits.inodes, limits.descriptors),
             handles: Handles::new(limits.handles),
+            locks: Locks::new(limits.handles),
             parked: Mutex::default(),
             watcher: open_watcher(options.cache),
             replay: Mutex::default(),

@@ -4,8 +4,8 @@ use std::fs;
 use std::path::Path;
 
 use rustix::io::Errno;
-use share::Limits;
 use share::wire::{self, Opcode, ROOT_ID};
+use share::{Limits, Locking, Options, Share};
 use zerocopy::IntoBytes;
 
 use crate::guest::{Guest, share, some_limits};
@@ -255,4 +255,100 @@ fn listings_that_are_left_in_the_middle_hold_little() {
         open_files() < before + descriptors + 100,
         "{descriptors} descriptors"
     );
+}
+
+#[test]
+fn locks_are_as_many_as_they_may_be_and_so_are_those_who_wait() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("file"), "").unwrap();
+    let limits = Limits {
+        handles: 30,
+        ..some_limits()
+    };
+    let options = Options {
+        limits,
+        locking: Locking::Host,
+        ..Options::default()
+    };
+    let share = Share::open(dir.path(), options).unwrap();
+    let mut guest = Guest::new(&share);
+    let node = guest.lookup(ROOT_ID, c"file").unwrap();
+    let fh = guest.open(node, libc::O_RDWR).unwrap();
+    let asked = |owner, kind: libc::c_int, start, end| wire::LkIn {
+        fh,
+        owner,
+        lk: wire::FileLock {
+            start,
+            end,
+            kind: kind.cast_unsigned(),
+            pid: 1,
+        },
+        ..wire::LkIn::default()
+    };
+    let set = |guest: &mut Guest<'_>, lock: wire::LkIn| {
+        guest.ask(Opcode::Setlk, node, &[lock.as_bytes()])
+    };
+    let held = (0..100)
+        .filter(|owner| set(&mut guest, asked(*owner, libc::F_RDLCK, *owner, *owner)).is_ok());
+    assert_eq!(held.count(), 30);
+    assert_eq!(
+        set(&mut guest, asked(99, libc::F_WRLCK, 0, 9)),
+        Err(Errno::NOLCK)
+    );
+    assert_eq!(
+        set(&mut guest, asked(1, libc::F_WRLCK, 0, 9)),
+        Err(Errno::AGAIN)
+    );
+    // Who has none has nothing to give up.
+    assert_eq!(
+        set(&mut guest, asked(99, libc::F_UNLCK, 0, u64::MAX)),
+        Ok(vec![])
+    );
+    for (kind, start, end) in [
+        (3, 0, 0),
+        (-1, 0, 0),
+        (libc::F_WRLCK, 5, 4),
+        (libc::F_WRLCK, u64::MAX, u64::MAX),
+        (libc::F_WRLCK, 1 << 63, u64::MAX),
+    ] {
+        assert_eq!(
+            set(&mut guest, asked(1, kind, start, end)),
+            Err(Errno::INVAL)
+        );
+        let flock = wire::LkIn {
+            lk_flags: wire::LK_FLOCK,
+            ..asked(1, 7, start, end)
+        };
+        assert_eq!(set(&mut guest, flock), Err(Errno::INVAL));
+        let test = asked(1, kind, start, end);
+        assert_eq!(
+            guest.ask(Opcode::Getlk, node, &[test.as_bytes()]),
+            Err(Errno::INVAL)
+        );
+    }
+    let wait = asked(1, libc::F_WRLCK, 0, 9);
+    let waiting = (0..200_u64).filter(|number| guest.waits(1000 + number, node, wait.as_bytes()));
+    assert_eq!(waiting.count(), 64);
+    // Twice under one number.
+    assert!(!guest.waits(1000, node, wait.as_bytes()));
+    let flush = wire::FlushIn {
+        fh,
+        lock_owner: 0,
+        ..wire::FlushIn::default()
+    };
+    assert_eq!(
+        guest.ask(Opcode::Flush, node, &[flush.as_bytes()]),
+        Ok(vec![])
+    );
+    assert!(
+        set(&mut guest, asked(99, libc::F_RDLCK, 50, 50)).is_ok(),
+        "room for one more"
+    );
+    // The last handle goes, and with it all locks.
+    guest.release(node, fh);
+    let file = fs::File::options()
+        .write(true)
+        .open(dir.path().join("file"))
+        .unwrap();
+    rustix::fs::fcntl_lock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive).unwrap();
 }

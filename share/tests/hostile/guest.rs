@@ -44,6 +44,19 @@ impl<'a> Guest<'a> {
         }
     }
 
+    /// Whether a request that waits for a lock, sent under a number, is put off.
+    pub fn waits(&mut self, unique: u64, node: u64, body: &[u8]) -> bool {
+        let header = InHeader {
+            len: u32::try_from(wire::IN_HEADER_LEN + body.len()).unwrap(),
+            opcode: Opcode::Setlkw as u32,
+            unique,
+            nodeid: node,
+            ..InHeader::default()
+        };
+        let message = [header.as_bytes(), body].concat();
+        dispatch(self.share, &message, &mut self.reply).0 == Answer::Later
+    }
+
     pub fn get<T: FromBytes + KnownLayout + Immutable>(
         &mut self,
         opcode: Opcode,

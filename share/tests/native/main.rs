@@ -5,6 +5,7 @@ mod basic;
 mod coherence;
 mod data;
 mod failing;
+mod locks;
 mod mount;
 mod names;
 mod owner;
