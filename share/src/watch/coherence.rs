@@ -9,9 +9,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use zerocopy::{Immutable, IntoBytes};
 
-use super::Watcher;
 use super::event::{Change, HostEvent, Kind};
 use super::fanotify::{Entry, Raised};
+use super::{Watcher, overlap};
 use crate::channel::Channel;
 use crate::inode::{Inode, lock};
 use crate::message::notification;
@@ -49,18 +49,33 @@ pub fn watch(
             return Ok(());
         }
         let raised = watcher.group.read(&mut buffer)?;
-        let foreign: Vec<_> = raised.into_iter().filter(|event| !event.own).collect();
-        if foreign.is_empty() {
+        let news: Vec<_> = raised.into_iter().filter(Raised::is_news).collect();
+        if news.is_empty() {
             continue;
         }
         watcher.all_told();
         let mut events = Vec::new();
-        for event in foreign {
-            notifier.apply(watcher, &event, &mut events)?;
+        for event in news {
+            match event.own {
+                false => notifier.apply(watcher, &event, &mut events)?,
+                // The guest's own doing by one way or another: its programs have heard of it.
+                true => notifier.apply(watcher, &event, &mut Vec::new())?,
+            }
         }
         if !events.is_empty() {
             tell(&events);
         }
+    }
+}
+
+impl Raised {
+    /// Whether the guest may not know of it.
+    fn is_news(&self) -> bool {
+        let entries = [&self.entry, &self.to].into_iter().flatten();
+        !self.own
+            || entries
+                .into_iter()
+                .any(|entry| overlap::is_watched_by_several(&entry.dir))
     }
 }
 

@@ -30,7 +30,7 @@ const MAX_HANDLE: usize = 128;
 
 /// What identifies a directory in events: its filesystem and its file handle, as the kernel writes
 /// them.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct FileId(Box<[u8]>);
 
 /// A name in a directory.

@@ -7,6 +7,7 @@
 mod coherence;
 mod event;
 mod fanotify;
+mod overlap;
 mod replay;
 
 use std::collections::{HashMap, HashSet};
@@ -85,7 +86,9 @@ impl Watcher {
             *watch = match self.group.mark(held.as_fd()) {
                 Ok(id) => {
                     let mut dirs = self.dirs.write().unwrap_or_else(PoisonError::into_inner);
-                    dirs.insert(id.clone(), dir.id);
+                    if dirs.insert(id.clone(), dir.id).is_none() {
+                        overlap::join(&id);
+                    }
                     Watch::As(id)
                 }
                 Err(errno) => {
@@ -124,6 +127,7 @@ impl Watcher {
             return;
         }
         dirs.remove(&id);
+        overlap::leave(&id);
         if let Some(held) = held {
             // A directory that is gone has no mark any more either.
             let _ = self.group.unmark(held.as_fd());
@@ -152,5 +156,14 @@ impl Watcher {
     fn wake(&self) {
         // It fails only where it was written to 2^64 times.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        let dirs = self.dirs.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for id in dirs.keys() {
+            overlap::leave(id);
+        }
     }
 }

@@ -59,6 +59,45 @@ fn what_the_host_changes_is_seen_though_the_guest_believes_for_good() {
 }
 
 #[test]
+fn what_one_share_changes_is_seen_in_another_of_the_same_process() {
+    let source = tempfile::tempdir().unwrap();
+    fs::create_dir_all(source.path().join("outer/inner")).unwrap();
+    fs::write(source.path().join("outer/inner/file"), "one").unwrap();
+    let at = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let dirs = [source.path().to_owned(), source.path().join("outer")];
+    let mount = |n: usize| Mounted::of(&dirs[n], at[n].path(), Options::default(), None);
+    let (Some(outer), Some(inner)) = (mount(0), mount(1)) else {
+        return;
+    };
+    let by_outer = |name: &str| outer.at.join("outer/inner").join(name);
+    let by_inner = |name: &str| inner.at.join("inner").join(name);
+    for (change, look) in [
+        (
+            &by_outer as &dyn Fn(&str) -> _,
+            &by_inner as &dyn Fn(&str) -> _,
+        ),
+        (&by_inner, &by_outer),
+    ] {
+        assert_eq!(content(&look("file")), "one");
+        assert!(!look("new").exists());
+        fs::write(change("file"), "two").unwrap();
+        outer.until("a change by the other", || content(&look("file")) == "two");
+        fs::write(change("new"), "").unwrap();
+        outer.until("a file by the other", || look("new").exists());
+        fs::rename(change("new"), change("file")).unwrap();
+        outer.until("a rename by the other", || {
+            !look("new").exists() && content(&look("file")).is_empty()
+        });
+        fs::write(change("file"), "one").unwrap();
+        outer.until("as it was", || content(&look("file")) == "one");
+    }
+    assert!(
+        outer.is_quiet() && inner.is_quiet(),
+        "a guest's own doing was told to it"
+    );
+}
+
+#[test]
 fn what_nobody_changes_is_not_asked_for_again() {
     let Some(mounted) = Mounted::new(Options::default()) else {
         return;
