@@ -19,6 +19,7 @@ mod modules;
 mod mount;
 mod mounts;
 mod power;
+mod priority;
 mod process;
 mod reap;
 mod rendezvous;
@@ -121,6 +122,7 @@ fn serve(machine: &Arc<Machine>, started: Duration) -> Result<Infallible> {
         signals::start(machine).context("the thread that waits for signals cannot be started")?;
         button::start(machine).context("the power button cannot be watched")?;
     }
+    priority::raise_this_thread();
     let serving = Arc::clone(machine);
     let hand_on = move |connection, open| serve::start(&serving, connection, open);
     let handle = machine.forwarder.clone();

@@ -46,6 +46,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "system calls that no crate here has",
     ),
     ("agent/src/power.rs", "signals to every process"),
+    ("agent/src/priority.rs", "the scheduling of a thread"),
     ("agent/src/reap.rs", "fork"),
     ("agent/src/root/builtin.rs", "fork and exec"),
     ("agent/src/session.rs", "signals to a command's processes"),

@@ -61,6 +61,8 @@ pub(super) struct Connection {
     pub deadline: Option<Instant>,
     /// It is nobody's yet.
     pub reserved: bool,
+    /// The guest is asked for this connection, and has not answered.
+    pub unanswered: bool,
     backlog: Backlog,
     pending: Pending,
     /// `VIRTIO_VSOCK_SHUTDOWN_*` bits that the guest sent.
@@ -75,11 +77,15 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// A connection that the host asks the guest for.
+    /// A connection that the host asks the guest for, once it may ([`Connection::ask`]).
     pub fn outgoing(key: Key, stream: HostStream, buf_alloc: u32, completion: Completion) -> Self {
-        let mut connection = Self::new(key, stream, buf_alloc, State::Connecting(completion));
-        connection.pending.request = true;
-        connection
+        Self::new(key, stream, buf_alloc, State::Connecting(completion))
+    }
+
+    /// Has the guest asked for the connection.
+    pub fn ask(&mut self) {
+        self.pending.request = true;
+        self.unanswered = true;
     }
 
     /// A connection that the guest asked for and gets.
@@ -97,6 +103,7 @@ impl Connection {
             credit: Credit::new(buf_alloc),
             deadline: None,
             reserved: false,
+            unanswered: false,
             backlog: Backlog::default(),
             pending: Pending::default(),
             guest_shutdown: 0,
@@ -119,7 +126,8 @@ impl Connection {
 
     /// The guest accepted. It must have been asked, and once only.
     pub fn accepted(&mut self) -> Result<(), Violation> {
-        if self.pending.request || !matches!(self.state, State::Connecting(_)) {
+        let asked = self.unanswered && !self.pending.request;
+        if !asked || !matches!(self.state, State::Connecting(_)) {
             return Err(Violation);
         }
         if let State::Connecting(completion) =

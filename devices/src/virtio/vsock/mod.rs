@@ -62,7 +62,7 @@ impl VsockConfig {
         Self {
             cid,
             max_connections: 16_384,
-            connect_timeout: Duration::from_secs(10),
+            connect_timeout: Duration::from_secs(30),
             close_timeout: Duration::from_secs(8),
         }
     }

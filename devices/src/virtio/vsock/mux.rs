@@ -7,9 +7,10 @@
 //!
 //! Bounds that hold whatever the guest does: connections by [`VsockConfig::max_connections`];
 //! bytes held by the sum of advertised buffers; control packets as flags of their connection;
-//! resets for packets without a connection by [`MAX_RESETS`], at which the guest's packets are
-//! left in its own ring until it takes the resets.
+//! requests without an answer by [`asking::MAX_UNANSWERED`]; resets for packets without a connection
+//! by [`MAX_RESETS`], at which the guest's packets are left in its own ring until it takes the resets.
 
+pub(super) mod asking;
 mod from_guest;
 mod reserved;
 pub(super) mod table;
@@ -27,6 +28,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
+use self::asking::Asking;
 use self::from_guest::TxEnd;
 use self::table::{Key, Table};
 use self::to_guest::RxEnd;
@@ -94,6 +96,7 @@ pub struct Mux {
     table: Table,
     /// Slots with something to send to the guest, in turn.
     runnable: VecDeque<usize>,
+    asking: Asking,
     resets: VecDeque<Reset>,
     next_port: u32,
     /// What of [`BUFFER_BUDGET`] is promised to the guest.
@@ -132,6 +135,7 @@ impl Mux {
             fallback: None,
             table: Table::default(),
             runnable: VecDeque::new(),
+            asking: Asking::new(config.connect_timeout),
             resets: VecDeque::new(),
             next_port: FIRST_HOST_PORT,
             promised: 0,
@@ -184,6 +188,8 @@ impl Mux {
     /// Forgets all connections, as at a device reset; services stay. What the guest had sent
     /// still goes to the host's readers.
     pub fn reset(&mut self) {
+        // None of those that wait is to be asked for in between.
+        self.asking = Asking::new(self.connect_timeout);
         let all: Vec<usize> = self.table.iter_mut().map(|(index, _)| index).collect();
         let left = all.into_iter().filter_map(|index| self.take(index));
         let left = left.filter_map(Connection::into_last_words).collect();
@@ -285,7 +291,9 @@ impl Mux {
         let buf_alloc = self.buf_alloc();
         let mut connection = Connection::outgoing(key, stream, buf_alloc, completion);
         connection.reserved = reserved;
-        self.add(connection);
+        if let Some(index) = self.add(connection) {
+            self.ask_in_turn(index);
+        }
     }
 
     /// A port of the host for a connection to `guest_port`; None where the table is full.
@@ -330,8 +338,8 @@ impl Mux {
         }
     }
 
-    /// Puts a connection into the table and watches its stream; false where that fails.
-    fn add(&mut self, connection: Connection) -> bool {
+    /// Puts a connection into the table and watches its stream; None where that fails.
+    fn add(&mut self, connection: Connection) -> Option<usize> {
         let fd = connection.stream.as_raw_fd();
         let promised = connection.credit.buf_alloc() - BUF_ALLOC_MIN;
         let index = self.table.insert(connection);
@@ -343,13 +351,13 @@ impl Mux {
             {
                 completion.complete(Err(ConnectError::BadStream));
             }
-            return false;
+            return None;
         }
         self.promised += u64::from(promised);
         Counters::set(&self.counters.connections, self.table.len() as u64);
         Counters::add(&self.counters.opened, 1);
         self.schedule(index);
-        true
+        Some(index)
     }
 
     /// Puts a connection into the queue of those with something to send, if it has.
@@ -365,6 +373,7 @@ impl Mux {
 
     /// Ends a connection as the guest sees it. Bytes that the guest had sent still go to the host.
     fn close(&mut self, index: usize) {
+        self.answered(index);
         let Some(connection) = self.table.get_mut(index) else {
             return;
         };
@@ -394,6 +403,7 @@ impl Mux {
 
     /// Takes a connection out of the table and out of what is watched.
     fn take(&mut self, index: usize) -> Option<Connection> {
+        self.answered(index);
         let connection = self.table.remove(index)?;
         // Closing the socket is not enough where the caller kept a duplicate of it.
         let fd = connection.stream.as_raw_fd();
@@ -418,6 +428,10 @@ impl Mux {
             _ => self.close_timeout,
         };
         connection.deadline = Some(Instant::now() + timeout);
+        self.run_timer();
+    }
+
+    fn run_timer(&mut self) {
         if !self.timer_runs {
             match self.timer.reset(TICK, Some(TICK)) {
                 Ok(()) => self.timer_runs = true,
@@ -433,7 +447,9 @@ impl Mux {
         let mut expired = Vec::new();
         for (index, connection) in self.table.iter_mut() {
             match connection.deadline {
-                Some(deadline) if deadline <= now => expired.push(index),
+                Some(deadline) if deadline <= now && !self.asking.is_patient(connection, now) => {
+                    expired.push(index);
+                }
                 Some(_) => waiting = true,
                 None => {}
             }

@@ -118,7 +118,12 @@ impl Mux {
         let connecting = matches!(connection.state, State::Connecting(_));
         let result = match header.op {
             VIRTIO_VSOCK_OP_RST => return self.reset_by_guest(index),
-            VIRTIO_VSOCK_OP_RESPONSE => connection.accepted(),
+            VIRTIO_VSOCK_OP_RESPONSE => {
+                let accepted = connection.accepted();
+                self.asking.note_answer();
+                self.answered(index);
+                accepted
+            }
             // The guest has not accepted, or thinks that this connection does not exist.
             _ if connecting => Err(Violation),
             VIRTIO_VSOCK_OP_RW => {
@@ -155,6 +160,7 @@ impl Mux {
                 std::mem::replace(&mut connection.state, State::Lingering)
         {
             Counters::add(&self.counters.refused, 1);
+            self.asking.note_answer();
             completion.complete(Err(ConnectError::Refused));
         }
         self.close(index);
@@ -174,7 +180,7 @@ impl Mux {
         };
         let mut connection = Connection::incoming(key, stream, self.buf_alloc());
         connection.peer_says(header.buf_alloc, header.fwd_cnt);
-        if !self.add(connection) {
+        if self.add(connection).is_none() {
             self.refuse(key, header);
         }
     }

@@ -1,6 +1,7 @@
 //! How connections come and go.
 
 use super::*;
+use crate::virtio::vsock::mux::asking::MAX_UNANSWERED;
 
 #[test]
 fn the_device_says_what_it_is() {
@@ -97,6 +98,76 @@ fn a_guest_that_never_answers_a_request_costs_the_caller_a_timeout() {
     );
     guest.expect(VIRTIO_VSOCK_OP_RST);
     assert_ended(&ours);
+}
+
+#[test]
+fn of_many_connections_the_guest_is_asked_for_some_at_a_time_in_their_order() {
+    let mut guest = Guest::start();
+    let mut clients = Vec::new();
+    for number in 0..200_u32 {
+        let (client, server) = UnixStream::pair().unwrap();
+        guest
+            .handle
+            .join(number, b"first".to_vec(), server)
+            .unwrap();
+        clients.push(client);
+    }
+    let mut asked = Vec::new();
+    for _ in 0..MAX_UNANSWERED {
+        asked.push(guest.expect(VIRTIO_VSOCK_OP_REQUEST).header);
+    }
+    assert_eq!(guest.receive_if_any(), None);
+    // An answer makes room for one more, and what the connection has to say comes before all those.
+    for number in 0..clients.len() {
+        let header = asked[number];
+        assert_eq!(header.dst_port as usize, number);
+        guest.answer(&header, VIRTIO_VSOCK_OP_RESPONSE);
+        let mut said = false;
+        while !said || asked.len() < clients.len().min(number + 1 + MAX_UNANSWERED) {
+            let packet = guest.receive();
+            match packet.op() {
+                VIRTIO_VSOCK_OP_REQUEST => asked.push(packet.header),
+                VIRTIO_VSOCK_OP_RW => {
+                    assert_eq!(packet.header.dst_port as usize, number);
+                    said = true;
+                }
+                op => panic!("operation {op}"),
+            }
+        }
+        assert!(asked.len() <= number + 1 + MAX_UNANSWERED);
+    }
+}
+
+#[test]
+fn connections_that_wait_for_their_turn_are_given_up_when_the_guest_answers_no_more() {
+    let mut guest = Guest::start_with(VsockConfig {
+        connect_timeout: Duration::from_millis(1500),
+        ..VsockConfig::new(CID)
+    });
+    let (sender, answers) = mpsc::channel();
+    let mut clients = Vec::new();
+    let count = MAX_UNANSWERED + 4;
+    for number in 0..count {
+        let (client, server) = UnixStream::pair().unwrap();
+        let sender = sender.clone();
+        let done = move |answer: Result<u32, ConnectError>| {
+            sender.send((number, answer.map(drop))).unwrap();
+        };
+        guest.handle.connect_with(9, server, done).unwrap();
+        clients.push(client);
+    }
+    for number in 0..2 {
+        let request = guest.expect(VIRTIO_VSOCK_OP_REQUEST);
+        guest.answer(&request.header, VIRTIO_VSOCK_OP_RESPONSE);
+        assert_eq!(answers.recv_timeout(PATIENCE).unwrap(), (number, Ok(())));
+    }
+    // Then it stops: all that are left are given up, those that it was not asked for too.
+    let mut given_up: Vec<_> = (2..count)
+        .map(|_| answers.recv_timeout(PATIENCE).unwrap())
+        .collect();
+    given_up.sort_by_key(|(number, _)| *number);
+    let expected = (2..count).map(|number| (number, Err(ConnectError::TimedOut)));
+    assert_eq!(given_up, expected.collect::<Vec<_>>());
 }
 
 #[test]
