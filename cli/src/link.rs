@@ -49,7 +49,7 @@ impl Link {
             Self::Owned(store, name) => Client::connect(store, name)
                 .and_then(|client| client.into_guest(port))
                 .map_err(io::Error::other),
-            Self::Relayed(relayed) => relayed.open(&Relay::Dial(port)),
+            Self::Relayed(relayed) => relayed.connect(port),
         }
     }
 
@@ -113,25 +113,45 @@ pub struct Relayed {
     /// Where the outer Linux offers its own ports.
     socket: PathBuf,
     joiner: Joiner,
-    /// The runner's port there.
-    port: u32,
+    /// The runner's ports there.
+    ports: Ports,
+}
+
+/// At which ports of the outer Linux a runner takes connections from the host.
+#[derive(Debug, Clone, Copy)]
+pub struct Ports {
+    /// Where they begin with a [`Relay`].
+    pub relay: u32,
+    /// Where they are connections to the agent.
+    pub agent: u32,
 }
 
 impl Relayed {
-    /// The machine whose runner takes connections at `port` of the outer Linux at `socket`.
-    pub fn new(socket: PathBuf, joiner: Joiner, port: u32) -> Self {
+    /// The machine whose runner takes connections at `ports` of the outer Linux at `socket`.
+    pub fn new(socket: PathBuf, joiner: Joiner, ports: Ports) -> Self {
         Self {
             socket,
             joiner,
-            port,
+            ports,
         }
     }
 
     /// Opens a stream that the runner makes what `relay` says.
     pub fn open(&self, relay: &Relay) -> io::Result<UnixStream> {
-        let stream = connect_line(UnixStream::connect(&self.socket)?, self.port)?;
+        let stream = self.outer_stream(self.ports.relay)?;
         protocol::send(&stream, relay)?;
         Ok(stream)
+    }
+
+    fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        match port {
+            AGENT_PORT => self.outer_stream(self.ports.agent),
+            port => self.open(&Relay::Dial(port)),
+        }
+    }
+
+    fn outer_stream(&self, port: u32) -> io::Result<UnixStream> {
+        connect_line(UnixStream::connect(&self.socket)?, port)
     }
 
     /// Makes `stream` one with a connection to `port` of the guest; whoever is at its other end is sent
@@ -139,21 +159,22 @@ impl Relayed {
     pub fn join_with_line(&self, port: u32, stream: OwnedFd) -> io::Result<()> {
         let mut bytes = Vec::new();
         protocol::send(&mut bytes, &Relay::DialWithLine(port))?;
-        self.joiner.join(self.port, &bytes, stream)
+        self.joiner.join(self.ports.relay, &bytes, stream)
     }
 
     /// As [`Link::join`] to the agent, by a connection that was made in advance where there is one.
     fn join_agent(&self, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
-        let mut head = Vec::new();
-        protocol::send(&mut head, &Relay::Dial(AGENT_PORT))?;
-        self.joiner.join_spare(self.port, &head, prelude, stream)
+        self.joiner.join_spare(self.ports.agent, &[], prelude, stream)
     }
 
     fn join(&self, port: u32, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
+        if port == AGENT_PORT {
+            return self.joiner.join(self.ports.agent, prelude, stream);
+        }
         let mut bytes = Vec::new();
         protocol::send(&mut bytes, &Relay::Dial(port))?;
         bytes.extend_from_slice(prelude);
-        self.joiner.join(self.port, &bytes, stream)
+        self.joiner.join(self.ports.relay, &bytes, stream)
     }
 }
 

@@ -87,6 +87,11 @@ pub fn compose() -> Result<Outer> {
         path: "/sys/module/kvm/parameters/tsc_tolerance_ppm".to_owned(),
         value: "100000".to_owned(),
     });
+    // Thousands of connections may come to a machine at once.
+    description.settings.push(Setting {
+        path: "/proc/sys/net/core/somaxconn".to_owned(),
+        value: "16384".to_owned(),
+    });
     let modules = kernel::modules(&kernel, REQUIRED, OPTIONAL)?;
     let initramfs = guest::initramfs(description, &modules, &[(PROGRAM_FILE, 0o755, &program)])?;
     let (part, whole) = MEMORY_SHARE;

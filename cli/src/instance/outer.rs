@@ -18,7 +18,7 @@ use crate::accel::state::Files;
 use crate::accel::tap::{self, HostTap, Offer};
 use crate::accel::{client, supervisor};
 use crate::event::Event;
-use crate::link::{Link, Relayed};
+use crate::link::{Link, Ports, Relayed};
 use crate::session::Streams;
 use crate::uds::Uds;
 
@@ -81,7 +81,11 @@ impl Outer {
         };
         spawn("runner", move || listener.listen(stdout))?;
         let joiner = Joiner::connect(&files.join())?;
-        let relayed = Arc::new(Relayed::new(files.socket(), joiner, up.port));
+        let ports = Ports {
+            relay: up.port,
+            agent: up.agent_port,
+        };
+        let relayed = Arc::new(Relayed::new(files.socket(), joiner, ports));
         let uds = plan.args.vsock_uds.as_deref();
         let uds = uds
             .map(|path| Uds::serve(path, relayed.clone()))

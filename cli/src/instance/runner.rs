@@ -5,14 +5,15 @@
 
 use std::io::{self, Write};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
-use agent::protocol;
+use agent::protocol::{self, AGENT_PORT};
 use anyhow::{Context, Result};
 use devices::virtio::vsock::VsockHandle;
 use kernels::cache::Cache;
+use rustix::process::setpriority_process;
 use vmm::Machine;
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 
@@ -24,8 +25,12 @@ use crate::{descriptors, link};
 /// `VMADDR_PORT_ANY` of linux/vm_sockets.h: the kernel chooses.
 const ANY_PORT: u32 = u32::MAX;
 
-/// Connections from the host that wait to be accepted: as many as may come at once.
-const BACKLOG: i32 = 4096;
+/// Connections from the host that wait to be accepted: as many as may come at once, where the outer Linux allows
+/// that many (`net.core.somaxconn`).
+const BACKLOG: i32 = 16_384;
+
+/// Half of the way to the highest priority (setpriority(2)).
+const ACCEPT_PRIORITY: i32 = -10;
 
 /// How long a connection from the host may take to say what it is for.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -81,15 +86,8 @@ pub fn run(args: &RunArgs) -> Result<ExitCode> {
 }
 
 fn start(args: &RunArgs, host: &Host) -> Result<Arc<Machine>> {
-    let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, ANY_PORT)
-        .context("no vsock port for the host in the outer Linux")?;
-    // The library asks for room for 128 that wait.
-    rustix::net::listen(&listener, BACKLOG)
-        .context("the vsock port for the host is not to be had")?;
-    let port = listener
-        .local_addr()
-        .context("the vsock port for the host has no number")?
-        .port();
+    let (relays, port) = listen()?;
+    let (agents, agent_port) = listen()?;
     let cache = Cache::open()?;
     // The host serves the guest's ports: a socket made here could not be connected to there.
     let args = RunArgs {
@@ -104,12 +102,35 @@ fn start(args: &RunArgs, host: &Host) -> Result<Arc<Machine>> {
         greeted.tell(&FromRunner::Hello(hello));
         vmm::release_program();
     })?;
-    let (handle, keyboard) = (vsock.clone(), Arc::downgrade(&machine));
-    thread::Builder::new()
-        .name("relay".into())
-        .spawn(move || accept(&listener, &handle, &keyboard))?;
+    let (handle, alive) = (vsock.clone(), Arc::downgrade(&machine));
+    spawn("agent", move || {
+        // Thousands may come at once, and are to be taken before there is no room for more.
+        if let Err(error) = setpriority_process(None, ACCEPT_PRIORITY) {
+            tracing::debug!("connections to the agent are not taken first: {error}");
+        }
+        accept(&agents, &alive, |stream| {
+            if let Err(error) = handle.join(AGENT_PORT, Vec::new(), stream) {
+                tracing::debug!("a connection to the agent ended early: {error}");
+            }
+        });
+    })?;
+    let (handle, alive) = (vsock.clone(), Arc::downgrade(&machine));
+    spawn("relay", move || {
+        accept(&relays, &alive, |stream| {
+            let (vsock, keyboard) = (handle.clone(), Keyboard::Here(alive.clone()));
+            let relay = move || {
+                if let Err(error) = relay(stream, &vsock, keyboard) {
+                    tracing::debug!("a connection from the host ended early: {error}");
+                }
+            };
+            if let Err(error) = spawn("relay", relay) {
+                tracing::warn!("no thread for a connection from the host: {error}");
+            }
+        });
+    })?;
     host.say(&FromRunner::Up(Up {
         port,
+        agent_port,
         set_up: built.set_up,
         writes: built.writes,
     }))?;
@@ -146,26 +167,35 @@ fn obey(machine: &Machine, host: &Host) {
     }
 }
 
-/// Takes connections from the host, and from nobody else of the outer Linux.
-fn accept(listener: &VsockListener, vsock: &VsockHandle, machine: &std::sync::Weak<Machine>) {
+/// A port of the outer Linux at which the host can connect.
+fn listen() -> Result<(VsockListener, u32)> {
+    let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, ANY_PORT)
+        .context("no vsock port for the host in the outer Linux")?;
+    // The library asks for room for 128 that wait.
+    rustix::net::listen(&listener, BACKLOG)
+        .context("the vsock port for the host is not to be had")?;
+    let port = listener
+        .local_addr()
+        .context("the vsock port for the host has no number")?
+        .port();
+    Ok((listener, port))
+}
+
+fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    thread::Builder::new().name(name.into()).spawn(body)?;
+    Ok(())
+}
+
+/// Gives connections from the host to `take`, and those of nobody else of the outer Linux.
+fn accept(listener: &VsockListener, machine: &Weak<Machine>, take: impl Fn(VsockStream)) {
     while machine.strong_count() > 0 {
-        let stream = match listener.accept() {
-            Ok((stream, peer)) if peer.cid() == VMADDR_CID_HOST => stream,
-            Ok(_) => continue,
+        match listener.accept() {
+            Ok((stream, peer)) if peer.cid() == VMADDR_CID_HOST => take(stream),
+            Ok(_) => {}
             Err(error) => {
                 tracing::warn!("a connection from the host cannot be accepted: {error}");
                 thread::sleep(ACCEPT_PAUSE);
-                continue;
             }
-        };
-        let (vsock, keyboard) = (vsock.clone(), Keyboard::Here(machine.clone()));
-        let relay = move || {
-            if let Err(error) = relay(stream, &vsock, keyboard) {
-                tracing::debug!("a connection from the host ended early: {error}");
-            }
-        };
-        if let Err(error) = thread::Builder::new().name("relay".into()).spawn(relay) {
-            tracing::warn!("no thread for a connection from the host: {error}");
         }
     }
 }

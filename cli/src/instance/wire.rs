@@ -3,8 +3,8 @@
 //!
 //! Requests come on the runner's standard input, everything else goes out on its standard output, both
 //! framed as in [`agent::protocol`]. Streams to the guest are vsock connections from the host to
-//! [`Up::port`] of the outer Linux, each beginning with one framed [`Relay`]. Both ends are always of
-//! one build.
+//! [`Up::agent_port`] of the outer Linux, or to [`Up::port`], each beginning with one framed [`Relay`]. Both
+//! ends are always of one build.
 
 use agent::protocol::Hello;
 use serde::{Deserialize, Serialize};
@@ -51,6 +51,9 @@ pub enum FromRunner {
 pub struct Up {
     /// The vsock port of the outer Linux at which the runner takes [`Relay`] connections from the host.
     pub port: u32,
+    /// The one whose connections are the host's to the guest's agent: raw bytes from the first on, and reset
+    /// where the guest refuses.
+    pub agent_port: u32,
     /// Where the time went.
     pub set_up: SetUp,
     /// Whether it has a disk that its guest may write to.
