@@ -14,14 +14,13 @@ pub struct Tmux {
 }
 
 impl Tmux {
-    /// Starts `command` in a window of this size.
+    /// Starts `command` in a window of this size. When it has ended, the screen says `ended with` and its exit
+    /// code.
     pub fn start(command: &Command, columns: u16, rows: u16) -> Self {
         let tmux = Self {
             dir: tempfile::tempdir().expect("a temporary directory can be made"),
         };
         let mut server = tmux.tmux();
-        // A window stays when its program has ended, so that its last screen can be read.
-        server.args(["set-option", "-g", "remain-on-exit", "on", ";"]);
         server.args(["set-option", "-g", "default-terminal", "screen-256color"]);
         server.args([";", "new-session", "-d", "-s", "test"]);
         server.args(["-x", &columns.to_string(), "-y", &rows.to_string()]);
@@ -30,6 +29,8 @@ impl Tmux {
                 server.arg("-e").arg(format!("{name}={value}"));
             }
         }
+        // What tmux itself says of a program that has ended does not come every time: a shell says it.
+        server.args(["sh", "-c", r#""$@"; echo "ended with $?"; read -r _"#, "sh"]);
         server.arg(command.get_program()).args(command.get_args());
         Running::start(server, Vec::new()).wait().expect_code(0);
         tmux

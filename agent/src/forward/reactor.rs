@@ -38,8 +38,9 @@ const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to wait after a connection could not be accepted, so that a lasting failure does not spin.
 pub(super) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Connections accepted in one turn.
-pub(super) const ACCEPT_BATCH: usize = 64;
+/// Connections accepted in a turn: all that can wait to be. Beyond those the kernel refuses, and a round may have
+/// thousands of other entries to look after.
+pub(super) const ACCEPT_BATCH: usize = 4096;
 
 const INBOX: Token = Token::Single(0);
 

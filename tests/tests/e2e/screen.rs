@@ -87,5 +87,5 @@ fn full_screen_programs_have_the_screen_its_size_and_job_control() {
     tmux.type_text("q");
     tmux.type_text("exit");
     tmux.press("Enter");
-    tmux.expect_text("Pane is dead");
+    tmux.expect_text("ended with 0");
 }
