@@ -38,9 +38,14 @@ const GREETING_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to wait after a connection could not be accepted, so that a lasting failure does not spin.
 pub(super) const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Connections accepted in a turn: all that can wait to be. Beyond those the kernel refuses, and a round may have
-/// thousands of other entries to look after.
-pub(super) const ACCEPT_BATCH: usize = 4096;
+/// Connections of the guest's programs accepted in one turn.
+pub(super) const ACCEPT_BATCH: usize = 64;
+
+/// Connections from the host accepted in one turn: all that can wait to be, as the kernel refuses what comes then.
+const DOOR_BATCH: usize = 4096;
+
+/// Turns of others after which connections from the host are accepted all the same: a round may have thousands.
+const DOOR_INTERVAL: usize = 32;
 
 const INBOX: Token = Token::Single(0);
 
@@ -57,6 +62,8 @@ pub type HandOn = Box<dyn FnMut(Connection, Open)>;
 pub struct Reactor {
     pub(super) poller: Poller,
     pub(super) states: Slots<State>,
+    /// Where the host's connections are accepted.
+    door: Index,
     pub(super) resolver: Resolver,
     /// Connections that have a token, or get one once they are there.
     pub(super) tokens: HashMap<u64, Index>,
@@ -111,6 +118,7 @@ impl Reactor {
         Ok(Self {
             poller,
             states,
+            door,
             resolver: Resolver::new(handle.clone(), root),
             tokens: HashMap::new(),
             controls: HashMap::new(),
@@ -153,10 +161,13 @@ impl Reactor {
         }
         self.expire();
         // Those that have more to do wait for the next round, after new events.
-        for _ in 0..self.states.ready() {
+        for number in 1..=self.states.ready() {
             if let Some(index) = self.states.dequeue() {
                 self.turn(index);
                 self.tell();
+            }
+            if number % DOOR_INTERVAL == 0 {
+                self.turn(self.door);
             }
         }
         Ok(())
@@ -243,7 +254,7 @@ impl Reactor {
         if paused.is_some_and(|until| Instant::now() < until) {
             return State::Door(listener, paused);
         }
-        for _ in 0..ACCEPT_BATCH {
+        for _ in 0..DOOR_BATCH {
             match listener.accept() {
                 Ok(connection) => self.adopt(connection.into()),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
