@@ -67,6 +67,8 @@ impl Mux {
             {
                 connection.ask();
                 self.asking.unanswered += 1;
+                // The time that it waited is not the guest's.
+                self.set_deadline(index);
                 self.schedule(index);
             }
         }
