@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use share::ShareError;
 use thiserror::Error;
 
+use crate::table::harmless;
+
 /// What is wrong with a folder that is to be shared, or to be shared no longer.
 #[derive(Debug, Error)]
 pub enum FolderError {
@@ -92,4 +94,11 @@ pub enum FolderError {
     /// This process cannot serve it.
     #[error("no thread serves the folder")]
     Thread(#[source] io::Error),
+}
+
+impl FolderError {
+    /// The agent's own sentence, which is a guest's and may go to a terminal.
+    pub fn refused(sentence: String) -> Self {
+        Self::Refused(harmless(&sentence))
+    }
 }

@@ -14,7 +14,7 @@ mod tests;
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -50,8 +50,8 @@ pub struct Folder {
 #[derive(Debug)]
 pub struct Folders {
     declared: Vec<Volume>,
-    /// Whether the guest can change the machine's root.
-    root_is_writable: bool,
+    /// What the machine's root is on the host, where the guest can change it.
+    writable_root: Option<PathBuf>,
     /// The machine's root, until the guest is up.
     root: Mutex<Option<Root>>,
     /// The machine's root, once the guest has it.
@@ -100,7 +100,7 @@ impl Folders {
         }
         Ok(Self {
             declared,
-            root_is_writable: false,
+            writable_root: None,
             root: Mutex::default(),
             served_root: Mutex::default(),
             user,
@@ -115,7 +115,7 @@ impl Folders {
     /// These, and `root` as the machine's root.
     pub fn with_root(self, root: Root) -> Self {
         Self {
-            root_is_writable: root.is_writable(),
+            writable_root: root.writable().map(Path::to_owned),
             root: Mutex::new(Some(root)),
             ..self
         }
@@ -237,12 +237,15 @@ impl Folders {
     pub fn writes(&self) -> bool {
         let there = self.there();
         let mut there = there.iter();
-        self.root_is_writable || there.any(|mounted| !mounted.folder.volume.read_only)
+        self.writable_root.is_some() || there.any(|mounted| !mounted.folder.volume.read_only)
     }
 
     /// Serves none any more.
     pub fn end(&self) {
-        lock(&self.mounted).clear();
+        // Somebody may be waiting for the guest with one of them in hand.
+        for mounted in lock(&self.mounted).drain(..) {
+            mounted.served.end();
+        }
         lock(&self.served_root).take();
     }
 
@@ -278,10 +281,10 @@ impl Folders {
     fn is_changed_elsewhere(&self, volume: &Volume) -> bool {
         let there = self.there();
         let mounted = there.iter().map(|mounted| &mounted.folder.volume);
-        let mut others = self.declared.iter().chain(mounted);
-        others.any(|other| {
-            other.guest != volume.guest && !other.read_only && overlap(&other.host, &volume.host)
-        })
+        let others = self.declared.iter().chain(mounted);
+        let others = others.filter(|other| other.guest != volume.guest && !other.read_only);
+        let mut hosts = others.map(|other| &other.host).chain(&self.writable_root);
+        hosts.any(|host| overlap(host, &volume.host))
     }
 
     /// # Errors
@@ -341,7 +344,7 @@ fn identify(link: &Link, user: &str) -> Result<Ids, FolderError> {
         answer.ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     };
     let Identified(found) = ask().map_err(FolderError::Lost)?;
-    let UserIds { uid, gid } = found.map_err(FolderError::Refused)?;
+    let UserIds { uid, gid } = found.map_err(FolderError::refused)?;
     Ok(Ids { uid, gid })
 }
 

@@ -42,9 +42,9 @@ impl Root {
         })
     }
 
-    /// Whether the guest can change it.
-    pub fn is_writable(&self) -> bool {
-        !self.read_only
+    /// What it is on the host, where the guest can change it.
+    pub fn writable(&self) -> Option<&Path> {
+        (!self.read_only).then_some(Path::new(&self.source))
     }
 
     /// How many descriptors of this process it may take.
@@ -93,5 +93,5 @@ fn make(link: &Link, directories: Vec<NewDirectory>) -> Result<(), FolderError> 
         answer.ok_or_else(|| std::io::ErrorKind::UnexpectedEof.into())
     };
     let Done(made) = ask().map_err(FolderError::Lost)?;
-    made.map_err(FolderError::Refused)
+    made.map_err(FolderError::refused)
 }

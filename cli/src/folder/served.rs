@@ -143,7 +143,7 @@ impl Served {
             Ok(FromMount::Mounted(mounted)) => {
                 // The host's changes take as long as they take.
                 control.set_read_timeout(None).map_err(FolderError::Lost)?;
-                mounted.map_err(FolderError::Refused)
+                mounted.map_err(FolderError::refused)
             }
             Ok(_) => Err(FolderError::Lost(nonsense())),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(FolderError::TooSlow),
@@ -187,7 +187,7 @@ impl Served {
             ask(&control, &ToMount::Unmount { force })
         };
         match asked {
-            Ok(FromMount::Unmounted(outcome)) => outcome.map_err(FolderError::Refused)?,
+            Ok(FromMount::Unmounted(outcome)) => outcome.map_err(FolderError::refused)?,
             Ok(_) => return Err(FolderError::Lost(nonsense())),
             // It was unmounted in the guest meanwhile.
             Err(error) if !self.is_there() => tracing::debug!("the folder is gone: {error}"),
