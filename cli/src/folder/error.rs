@@ -39,18 +39,6 @@ pub enum FolderError {
         /// The inner one.
         below: PathBuf,
     },
-    /// Another one would not see what is changed through it.
-    #[error(
-        "what the guest changes in {host} would not be seen at {guest}, which shares the same files: share \
-         it with `ro`, or give the one at {guest} `cache=strict`",
-        host = host.display(), guest = guest.display()
-    )]
-    Overlap {
-        /// What was to be shared.
-        host: PathBuf,
-        /// Where the guest has the other one.
-        guest: PathBuf,
-    },
     /// There is none at this place.
     #[error("no folder is shared at {path} in the guest", path = .0.display())]
     NotThere(PathBuf),

@@ -14,13 +14,13 @@ mod tests;
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use agent::protocol::{self, AGENT_PORT, Identified, MountPoint, Open, UserIds};
 use rustix::process::Resource;
-use share::{Cache, Ids, Limits, Options, Owner, Share};
+use share::{Ids, Limits, Options, Owner, Share};
 
 pub use self::error::FolderError;
 pub use self::root::Root;
@@ -50,8 +50,8 @@ pub struct Folder {
 #[derive(Debug)]
 pub struct Folders {
     declared: Vec<Volume>,
-    /// What the machine's root is on the host, where the guest can change it.
-    writable_root: Option<PathBuf>,
+    /// Whether the guest can change the machine's root.
+    root_is_writable: bool,
     /// The machine's root, until the guest is up.
     root: Mutex<Option<Root>>,
     /// The machine's root, once the guest has it.
@@ -100,7 +100,7 @@ impl Folders {
         }
         Ok(Self {
             declared,
-            writable_root: None,
+            root_is_writable: false,
             root: Mutex::default(),
             served_root: Mutex::default(),
             user,
@@ -115,7 +115,7 @@ impl Folders {
     /// These, and `root` as the machine's root.
     pub fn with_root(self, root: Root) -> Self {
         Self {
-            writable_root: root.writable().map(Path::to_owned),
+            root_is_writable: root.is_writable(),
             root: Mutex::new(Some(root)),
             ..self
         }
@@ -153,15 +153,11 @@ impl Folders {
         let _changing = lock(&self.changing);
         check_host(&volume)?;
         self.check_place(&volume.guest)?;
-        self.check_others(&volume)?;
         self.mount(volume)
     }
 
-    fn mount(&self, mut volume: Volume) -> Result<Folder, FolderError> {
+    fn mount(&self, volume: Volume) -> Result<Folder, FolderError> {
         let link = self.link.get().ok_or(FolderError::NotUp)?;
-        if volume.cache == Cache::Auto && self.is_changed_elsewhere(&volume) {
-            volume.cache = Cache::Strict;
-        }
         let ids = self.ids(link)?;
         let ids = Ids {
             uid: volume.uid.unwrap_or(ids.uid),
@@ -237,7 +233,7 @@ impl Folders {
     pub fn writes(&self) -> bool {
         let there = self.there();
         let mut there = there.iter();
-        self.writable_root.is_some() || there.any(|mounted| !mounted.folder.volume.read_only)
+        self.root_is_writable || there.any(|mounted| !mounted.folder.volume.read_only)
     }
 
     /// Serves none any more.
@@ -274,34 +270,6 @@ impl Folders {
             }
         }
         Ok(())
-    }
-
-    /// Whether the guest can change the same files through another folder. What this process does for a guest is
-    /// taken for known to it, so nothing would tell of that.
-    fn is_changed_elsewhere(&self, volume: &Volume) -> bool {
-        let there = self.there();
-        let mounted = there.iter().map(|mounted| &mounted.folder.volume);
-        let others = self.declared.iter().chain(mounted);
-        let others = others.filter(|other| other.guest != volume.guest && !other.read_only);
-        let mut hosts = others.map(|other| &other.host).chain(&self.writable_root);
-        hosts.any(|host| overlap(host, &volume.host))
-    }
-
-    /// # Errors
-    /// Where what is changed through `volume` would not be seen through another one.
-    fn check_others(&self, volume: &Volume) -> Result<(), FolderError> {
-        let there = self.there();
-        let unaware = there.iter().find(|mounted| {
-            let other = &mounted.folder.volume;
-            other.cache == Cache::Auto && !volume.read_only && overlap(&other.host, &volume.host)
-        });
-        match unaware {
-            None => Ok(()),
-            Some(other) => Err(FolderError::Overlap {
-                host: volume.host.clone(),
-                guest: other.folder.volume.guest.clone(),
-            }),
-        }
     }
 
     /// Who the machine's commands run as, in numbers; the guest is asked once.
@@ -346,13 +314,6 @@ fn identify(link: &Link, user: &str) -> Result<Ids, FolderError> {
     let Identified(found) = ask().map_err(FolderError::Lost)?;
     let UserIds { uid, gid } = found.map_err(FolderError::refused)?;
     Ok(Ids { uid, gid })
-}
-
-/// Whether one of the two is in the other, or both are the same.
-fn overlap(one: &Path, other: &Path) -> bool {
-    let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    let (one, other) = (real(one), real(other));
-    one.starts_with(&other) || other.starts_with(&one)
 }
 
 fn check_host(volume: &Volume) -> Result<(), FolderError> {

@@ -42,9 +42,9 @@ impl Root {
         })
     }
 
-    /// What it is on the host, where the guest can change it.
-    pub fn writable(&self) -> Option<&Path> {
-        (!self.read_only).then_some(Path::new(&self.source))
+    /// Whether the guest can change it.
+    pub fn is_writable(&self) -> bool {
+        !self.read_only
     }
 
     /// How many descriptors of this process it may take.

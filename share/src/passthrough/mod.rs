@@ -34,7 +34,7 @@ use crate::inode::{Held, Inode, Inodes};
 use crate::lock::Locks;
 use crate::owner::{Ids, Override, Owner, Owners, SUID_SGID};
 use crate::view::{Filter, Scope};
-use crate::watch::{Replay, Watcher};
+use crate::watch::{Replay, Unseen, Watcher};
 use crate::wire::{Attr, EntryOut, ROOT_ID};
 
 /// The largest piece of a file that one request reads or writes, bytes.
@@ -181,6 +181,8 @@ pub struct Share {
     parked: Mutex<VecDeque<Arc<Handle>>>,
     /// Where the guest is told of changes.
     watcher: Option<Watcher>,
+    /// Where the guest may change what is not watched.
+    _unseen: Option<Unseen>,
     /// What an agent in the guest is doing again of what the host has done.
     replay: Mutex<Option<Replay>>,
     /// Whose requests those are; zero where there is none.
@@ -211,6 +213,16 @@ impl Share {
         }
         let fds = Descriptors::open().map_err(|source| ShareError::Proc { source })?;
         let limits = options.limits;
+        // What is changed in a single file concerns those that watch its directory.
+        let is_file = stat.kind() == FileType::RegularFile;
+        let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let dir = match (is_file, real.parent()) {
+            (true, Some(parent)) => parent,
+            _ => &real,
+        };
+        let watcher = open_watcher(options.cache, dir);
+        let is_unseen = !options.read_only && (is_file || watcher.is_none());
+        let unseen = is_unseen.then(|| Unseen::new(dir));
         Ok(Self {
             owners: Owners::new(options.owner),
             filter: None,
@@ -219,7 +231,8 @@ impl Share {
             handles: Handles::new(limits.handles),
             locks: Locks::new(limits.handles),
             parked: Mutex::default(),
-            watcher: open_watcher(options.cache),
+            watcher,
+            _unseen: unseen,
             replay: Mutex::default(),
             replayer: AtomicU32::new(0),
             agreed: AtomicU64::new(0),
@@ -412,11 +425,11 @@ impl Share {
     }
 }
 
-fn open_watcher(cache: Cache) -> Option<Watcher> {
+fn open_watcher(cache: Cache, root: &Path) -> Option<Watcher> {
     if cache != Cache::Auto {
         return None;
     }
-    let opened = Watcher::open().inspect_err(|errno| {
+    let opened = Watcher::open(root).inspect_err(|errno| {
         tracing::warn!(
             "the shared directory cannot be watched for changes, as this host has no fanotify for us \
              ({errno}): the guest sees them after a second"

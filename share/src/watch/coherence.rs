@@ -49,7 +49,10 @@ pub fn watch(
             return Ok(());
         }
         let raised = watcher.group.read(&mut buffer)?;
-        let news: Vec<_> = raised.into_iter().filter(Raised::is_news).collect();
+        let news: Vec<_> = raised
+            .into_iter()
+            .filter(|event| notifier.is_news(watcher, event))
+            .collect();
         if news.is_empty() {
             continue;
         }
@@ -68,17 +71,6 @@ pub fn watch(
     }
 }
 
-impl Raised {
-    /// Whether the guest may not know of it.
-    fn is_news(&self) -> bool {
-        let entries = [&self.entry, &self.to].into_iter().flatten();
-        !self.own
-            || entries
-                .into_iter()
-                .any(|entry| overlap::is_watched_by_several(&entry.dir))
-    }
-}
-
 struct Notifier<'a> {
     share: &'a Share,
     channel: &'a dyn Channel,
@@ -91,6 +83,19 @@ struct Known<'a> {
 }
 
 impl Notifier<'_> {
+    /// Whether the guest may not know of it.
+    fn is_news(&self, watcher: &Watcher, event: &Raised) -> bool {
+        let by_others = |entry: &Entry| {
+            let path = || {
+                let path = self.share.path(watcher.dir(&entry.dir)?)?;
+                Some(watcher.root().join(path))
+            };
+            overlap::is_watched_by_several(&entry.dir) || overlap::is_changed_unseen(path)
+        };
+        let entries = [&event.entry, &event.to].into_iter().flatten();
+        !event.own || entries.into_iter().any(by_others)
+    }
+
     /// Waits until there is something to do, and has what cannot be watched listed anew.
     fn wait(&self, watcher: &Watcher) -> io::Result<()> {
         let mut woken = [0; 8];

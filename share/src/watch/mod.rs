@@ -12,8 +12,9 @@ mod replay;
 
 use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::OwnedFd;
@@ -23,6 +24,7 @@ pub use coherence::watch;
 pub use event::{Change, HostEvent, Kind};
 pub(crate) use fanotify::FileId;
 use fanotify::Group;
+pub(crate) use overlap::Unseen;
 pub(crate) use replay::{Before, Replay, answer};
 
 use crate::inode::{Held, Inode, lock};
@@ -42,10 +44,11 @@ pub(crate) enum Watch {
 /// The directories that are watched.
 #[derive(Debug)]
 pub(crate) struct Watcher {
+    root: PathBuf,
     group: Group,
     dirs: RwLock<HashMap<FileId, u64>>,
-    /// Whether it was said that some directories cannot be watched.
-    said: AtomicBool,
+    /// Some directories cannot be watched.
+    unseen: OnceLock<Unseen>,
     /// Whoever is to tell a guest what to believe for good holds this from before it looks at the
     /// host until it has told; whoever is to tell it otherwise waits until all those have.
     telling: RwLock<()>,
@@ -57,11 +60,16 @@ pub(crate) struct Watcher {
 }
 
 impl Watcher {
-    pub fn open() -> Result<Self, Errno> {
+    /// One for a share of `root`, which is absolute and has no symbolic links in it.
+    ///
+    /// # Errors
+    /// Where the host has no fanotify for us.
+    pub fn open(root: &Path) -> Result<Self, Errno> {
         Ok(Self {
+            root: root.to_owned(),
             group: Group::open()?,
             dirs: RwLock::default(),
-            said: AtomicBool::new(false),
+            unseen: OnceLock::new(),
             telling: RwLock::new(()),
             unwatched: Mutex::default(),
             stopping: AtomicBool::new(false),
@@ -72,6 +80,11 @@ impl Watcher {
     /// What is told to the guest while this is held is taken back in time where it changes.
     pub fn telling(&self) -> RwLockReadGuard<'_, ()> {
         self.telling.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is shared.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     /// Everything that was looked at before this is called has been told to the guest after it.
@@ -101,7 +114,7 @@ impl Watcher {
     }
 
     fn say(&self, errno: Errno) {
-        if self.said.swap(true, Ordering::Relaxed) {
+        if self.unseen.set(Unseen::new(&self.root)).is_err() {
             return;
         }
         match errno {

@@ -1,9 +1,10 @@
-//! Directories that several shares of this process watch.
+//! Directories that several shares of this process use.
 //!
 //! The kernel tells which process was the cause of an event, and no more where there are no privileges.
 //! Where folders of one machine overlap, what one of them does for the guest is news to the other.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use super::FileId;
@@ -11,6 +12,38 @@ use crate::inode::lock;
 
 /// How many shares watch a directory.
 static WATCHED: Mutex<BTreeMap<FileId, usize>> = Mutex::new(BTreeMap::new());
+
+/// Where shares change what they do not watch.
+static UNSEEN: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// A share that may change what it does not watch: while this exists, everything below its directory may be
+/// its doing.
+#[derive(Debug)]
+pub(crate) struct Unseen(PathBuf);
+
+impl Unseen {
+    /// That of a share of `root`, which is absolute and has no symbolic links in it.
+    pub fn new(root: &Path) -> Self {
+        lock(&UNSEEN).push(root.to_owned());
+        Self(root.to_owned())
+    }
+}
+
+impl Drop for Unseen {
+    fn drop(&mut self) {
+        let mut unseen = lock(&UNSEEN);
+        if let Some(at) = unseen.iter().position(|root| *root == self.0) {
+            unseen.swap_remove(at);
+        }
+    }
+}
+
+/// Whether an event in the directory at `path` may be the doing of a share that does not watch it.
+pub(super) fn is_changed_unseen(path: impl FnOnce() -> Option<PathBuf>) -> bool {
+    let unseen = lock(&UNSEEN);
+    !unseen.is_empty()
+        && path().is_some_and(|path| unseen.iter().any(|root| path.starts_with(root)))
+}
 
 /// One more share watches a directory.
 pub(super) fn join(dir: &FileId) {
@@ -28,7 +61,7 @@ pub(super) fn leave(dir: &FileId) {
     }
 }
 
-/// Whether an event in a directory may be another share's doing.
+/// Whether an event in a directory may be the doing of another share that watches it too.
 pub(super) fn is_watched_by_several(dir: &FileId) -> bool {
     lock(&WATCHED).get(dir).is_some_and(|count| *count > 1)
 }

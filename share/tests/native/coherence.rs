@@ -98,6 +98,36 @@ fn what_one_share_changes_is_seen_in_another_of_the_same_process() {
 }
 
 #[test]
+fn what_is_changed_where_nobody_watches_is_seen_in_another_share_of_the_same_process() {
+    let source = tempfile::tempdir().unwrap();
+    fs::create_dir(source.path().join("dir")).unwrap();
+    fs::write(source.path().join("dir/file"), "one").unwrap();
+    let strict = Options {
+        cache: Cache::Strict,
+        ..Options::default()
+    };
+    let all = tempfile::tempdir().unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let single = tempfile::NamedTempFile::new().unwrap();
+    let mount =
+        |path: &str, at: &Path, options| Mounted::of(&source.path().join(path), at, options, None);
+    let (Some(all), Some(dir), Some(single)) = (
+        mount("", all.path(), Options::default()),
+        mount("dir", dir.path(), strict),
+        mount("dir/file", single.path(), Options::default()),
+    ) else {
+        return;
+    };
+    let seen = || content(&all.at.join("dir/file"));
+    assert_eq!(seen(), "one");
+    for (by, text) in [(dir.at.join("file"), "two"), (single.at.clone(), "three")] {
+        fs::write(by, text).unwrap();
+        all.until("a change by another share", || seen() == text);
+    }
+    assert!(all.is_quiet(), "a guest's own doing was told to it");
+}
+
+#[test]
 fn what_nobody_changes_is_not_asked_for_again() {
     let Some(mounted) = Mounted::new(Options::default()) else {
         return;

@@ -47,7 +47,8 @@ fn files_go_both_ways_with_their_modes_and_owners() {
         cat /project/link; chown 7:8 /project/new; stat -c '%u:%g' /project/new
         dd if=/dev/zero of=/project/large bs=1M count=5 2>/dev/null
         (echo no > /frozen/new) 2>&1 | grep -o 'Read-only file system'; cat /frozen/file
-        cat /etc/deep/single; echo more >> /etc/deep/single; cat /frozen/file
+        cat /etc/deep/single; echo more >> /etc/deep/single
+        until grep more /frozen/file; do sleep 0.1; done
         echo made > /made/above/it/here; mv /project/a/b /project/moved; ls /project";
     let output = Guest::new()
         .option("-v", volume(&dir, "src:/project"))
@@ -56,7 +57,7 @@ fn files_go_both_ways_with_their_modes_and_owners() {
         .option("--volume", volume(&dir, "other:/made/above/it"))
         .run(script);
     output.expect_code(0).expect_stdout(
-        "host\n0:0 640\nhost\n7:8\nRead-only file system\nhost\nhost\nhost\nmore\n\
+        "host\n0:0 640\nhost\n7:8\nRead-only file system\nhost\nhost\nmore\n\
          a\nfile\nlarge\nlink\nmoved\nnew\n",
     );
     assert_eq!(read(&dir, "src/file"), "host\nmore\n");
@@ -158,10 +159,6 @@ fn folders_come_and_go_and_come_back_with_the_machine() {
     hidden
         .expect_code(125)
         .expect_in_stderr("hides the one at /added/to/it");
-    let unseen = machine.mvm("mount add", &[&format!("{src}:/again")]);
-    unseen
-        .expect_code(125)
-        .expect_in_stderr("would not be seen at /project");
     let missing = machine.mvm("mount add", &[&format!("{src}/none:/none")]);
     missing
         .expect_code(125)

@@ -6,6 +6,7 @@ mod fake;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -96,17 +97,15 @@ fn what_is_changed_through_one_folder_is_seen_through_another() {
     ];
     let folders = folders(declared);
     folders.attach(&guest.link()).unwrap();
-    let caches: Vec<_> = folders
-        .list()
-        .iter()
-        .map(|folder| folder.volume.cache)
-        .collect();
-    assert_eq!(caches, [Cache::Strict; 3]);
-    let everywhere = ["/project/file", "/same/file", "/single"].map(|path| guest.path(path));
-    for path in [&everywhere[0], &everywhere[2]] {
-        fs::write(path, path.as_os_str().as_bytes()).unwrap();
-        for seen in &everywhere {
-            assert_eq!(fs::read(seen).unwrap(), path.as_os_str().as_bytes());
+    let read = |path: &str| fs::read_to_string(guest.path(path)).unwrap();
+    for (path, text) in [
+        ("/single", "one"),
+        ("/project/file", "two"),
+        ("/single", "three"),
+    ] {
+        fs::write(guest.path(path), text).unwrap();
+        for other in ["/project/file", "/same/file", "/single"] {
+            eventually("it is seen everywhere", || read(other) == text);
         }
     }
 }
@@ -159,10 +158,7 @@ fn folders_come_and_go_while_the_guest_runs() {
         "{twice}"
     );
     fs::create_dir(dir.path().join("src/sub")).unwrap();
-    let unseen = folders.add(volume(&dir, "src:/project/sub"));
-    let unseen = unseen.unwrap_err().to_string();
-    assert!(unseen.contains("would not be seen at /project"), "{unseen}");
-    folders.add(volume(&dir, "src:/project/sub:ro")).unwrap();
+    folders.add(volume(&dir, "src:/project/sub")).unwrap();
     let hiding = folders
         .remove(Path::new("/project"), true)
         .unwrap_err()
