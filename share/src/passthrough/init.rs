@@ -2,10 +2,11 @@
 
 use std::sync::atomic::Ordering;
 
+use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use super::{Cache, Locking, MAX_TRANSFER, Share};
-use crate::wire::{self, InitIn, InitOut, init};
+use crate::wire::{self, InitIn, InitOut, ROOT_ID, init};
 
 /// What is used wherever the guest's kernel has it.
 const ALWAYS: u64 = init::ASYNC_READ
@@ -56,6 +57,12 @@ impl Share {
         self.forget_all();
         let agreed = offered & self.wanted();
         self.agreed.store(agreed, Ordering::Relaxed);
+        let root = self.inodes.get(ROOT_ID)?;
+        if let Some(watcher) = &self.watcher
+            && root.kind == FileType::Directory
+        {
+            watcher.want(&root);
+        }
         let max = u32::try_from(MAX_TRANSFER).map_err(|_| Errno::INVAL)?;
         let pages = u16::try_from(MAX_TRANSFER / 4096).map_err(|_| Errno::INVAL)?;
         Ok(InitOut {

@@ -271,7 +271,7 @@ impl Share {
     }
 
     /// The directory with this number, and a descriptor of it.
-    fn dir(&self, id: u64) -> Result<(Arc<Inode>, Arc<Held>), Errno> {
+    pub(crate) fn dir(&self, id: u64) -> Result<(Arc<Inode>, Arc<Held>), Errno> {
         let inode = self.inodes.get(id)?;
         if inode.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
@@ -311,6 +311,11 @@ impl Share {
 
     /// A reply for a name, in a directory that is `watched` or not, that stands for `inode`.
     fn entry(&self, inode: &Inode, stat: &Stat, over: &Override, watched: bool) -> EntryOut {
+        if let Some(watcher) = &self.watcher
+            && inode.kind == FileType::Directory
+        {
+            watcher.want(inode);
+        }
         let entry = self.validity(watched);
         let attr = self.validity(self.is_told_of(inode, stat, watched));
         EntryOut {

@@ -48,6 +48,7 @@ pub fn watch(
         if watcher.stopping.load(Ordering::Relaxed) {
             return Ok(());
         }
+        notifier.watch_wanted(watcher);
         let raised = watcher.group.read(&mut buffer)?;
         let news: Vec<_> = raised
             .into_iter()
@@ -94,6 +95,20 @@ impl Notifier<'_> {
         };
         let entries = [&event.entry, &event.to].into_iter().flatten();
         !event.own || entries.into_iter().any(by_others)
+    }
+
+    /// Watches what the guest has got to know.
+    fn watch_wanted(&self, watcher: &Watcher) {
+        for id in watcher.take_wanted() {
+            let Ok((dir, held)) = self.share.dir(id) else {
+                continue;
+            };
+            watcher.add_wanted(&dir, &held);
+            // The guest may have forgotten it meanwhile.
+            if self.share.dir(id).is_err() {
+                watcher.remove(&dir, Some(&held));
+            }
+        }
     }
 
     /// Waits until there is something to do, and has what cannot be watched listed anew.

@@ -1,6 +1,7 @@
 //! What changes on the host under the share: who is to be told what.
 //!
-//! Each directory in which the guest has looked something up is watched, as long as the guest knows it
+//! Each directory that the guest knows is watched: at once when it looks into it, for what it is told then has to
+//! hold, and else a moment later, for its programs may wait for what happens there. As long as the guest knows it
 //! and the host has room for one more watch. What this process itself does for the guest is told
 //! apart by the kernel, so a guest never hears of its own changes.
 
@@ -29,6 +30,9 @@ pub(crate) use replay::{Before, Replay, answer};
 
 use crate::inode::{Held, Inode, lock};
 
+/// How many directories may wait to be watched. Others are watched once the guest looks into them.
+const MAX_WANTED: usize = 1 << 16;
+
 /// Whether a directory is watched.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) enum Watch {
@@ -52,6 +56,10 @@ pub(crate) struct Watcher {
     /// Whoever is to tell a guest what to believe for good holds this from before it looks at the
     /// host until it has told; whoever is to tell it otherwise waits until all those have.
     telling: RwLock<()>,
+    /// Directories that the guest knows and has not looked into: its programs may watch them all the same.
+    wanted: Mutex<HashSet<u64>>,
+    /// There is no room to watch those.
+    is_full: AtomicBool,
     /// Directories that were listed and cannot be watched.
     unwatched: Mutex<HashSet<u64>>,
     stopping: AtomicBool,
@@ -71,6 +79,8 @@ impl Watcher {
             dirs: RwLock::default(),
             unseen: OnceLock::new(),
             telling: RwLock::new(()),
+            wanted: Mutex::default(),
+            is_full: AtomicBool::new(false),
             unwatched: Mutex::default(),
             stopping: AtomicBool::new(false),
             wake: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
@@ -111,6 +121,35 @@ impl Watcher {
             };
         }
         matches!(*watch, Watch::As(_))
+    }
+
+    /// The guest has got to know a directory: it is watched in a moment.
+    pub fn want(&self, dir: &Inode) {
+        if dir.is_watched() || self.is_full.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut wanted = lock(&self.wanted);
+        if wanted.len() < MAX_WANTED && wanted.insert(dir.id) && wanted.len() == 1 {
+            self.wake();
+        }
+    }
+
+    /// Those that are wanted, each once.
+    fn take_wanted(&self) -> HashSet<u64> {
+        std::mem::take(&mut *lock(&self.wanted))
+    }
+
+    /// Watches a directory that is wanted, where there is room.
+    fn add_wanted(&self, dir: &Inode, held: &Held) {
+        let has_room = {
+            let watch = lock(&dir.watch);
+            *watch != Watch::Not || self.group.mark(held.as_fd()).is_ok()
+        };
+        match has_room {
+            true => drop(self.add(dir, held)),
+            // What is left is for directories that the guest looks into.
+            false => self.is_full.store(true, Ordering::Relaxed),
+        }
     }
 
     fn say(&self, errno: Errno) {

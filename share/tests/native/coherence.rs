@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use share::{Cache, Change, HostEvent, Options};
+use share::{Cache, Change, HostEvent, Kind, Options};
 
 use crate::mount::Mounted;
 
@@ -94,6 +94,28 @@ fn what_one_share_changes_is_seen_in_another_of_the_same_process() {
     assert!(
         outer.is_quiet() && inner.is_quiet(),
         "a guest's own doing was told to it"
+    );
+}
+
+#[test]
+fn what_happens_in_a_directory_that_the_guest_only_knows_is_told_too() {
+    let Some(mounted) = Mounted::new(Options::default()) else {
+        return;
+    };
+    mounted.on_host("mkdir -p seen/below");
+    assert!(mounted.at.join("seen/below").is_dir());
+    // What the guest knows is watched a moment later.
+    let mut names = Vec::new();
+    while names.is_empty() {
+        mounted.on_host("mktemp -d seen/below/XXXXXXXX");
+        names = mounted.events_until_quiet();
+    }
+    let change = Change::Created {
+        kind: Kind::Directory,
+    };
+    assert_eq!(
+        (&names[0].path, &names[0].change),
+        (&"seen/below".into(), &change)
     );
 }
 
