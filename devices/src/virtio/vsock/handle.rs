@@ -10,6 +10,7 @@ use std::sync::mpsc;
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
+use super::asked::{Asked, Request};
 use super::counters::Counters;
 use super::mux::table::Key;
 use super::reserve::Reserved;
@@ -46,9 +47,9 @@ pub type Answer = Box<dyn FnOnce(Result<u32, ConnectError>) + Send>;
 /// device's thread and must not block; dropping the stream closes the connection.
 pub type Service = Box<dyn FnMut(UnixStream) + Send>;
 
-/// What is asked for a host stream when the guest connects to a port without a service; None
-/// refuses the connection. It is called on the device's thread and must not block.
-pub type Fallback = Box<dyn FnMut(u32) -> Option<OwnedFd> + Send>;
+/// What is given the guest's connections to ports without a service. It is called on the device's thread
+/// and must not block; the answer may be given at any time, from any thread.
+pub type Fallback = Box<dyn FnMut(Asked) + Send>;
 
 /// An [`Answer`] that is given even where the request is lost.
 pub(super) struct Completion(Option<Answer>);
@@ -110,7 +111,13 @@ pub(super) enum Command {
     Unlisten {
         port: u32,
     },
-    Fallback(Option<Fallback>),
+    /// With a handle for what it is given.
+    Fallback(Option<(Fallback, VsockHandle)>),
+    /// None refuses.
+    Answer {
+        request: Request,
+        stream: Option<OwnedFd>,
+    },
 }
 
 /// Opens connections to the guest and takes those that it opens; clones share one device.
@@ -276,6 +283,7 @@ impl VsockHandle {
     /// Asks `fallback` for a host stream when the guest connects to a port without a service;
     /// None refuses such connections again.
     pub fn set_fallback(&self, fallback: Option<Fallback>) -> io::Result<()> {
+        let fallback = fallback.map(|fallback| (fallback, self.clone()));
         self.send(Command::Fallback(fallback))
     }
 
@@ -284,7 +292,7 @@ impl VsockHandle {
         &self.counters
     }
 
-    fn send(&self, command: Command) -> io::Result<()> {
+    pub(super) fn send(&self, command: Command) -> io::Result<()> {
         self.commands
             .send(command)
             .map_err(|_| io::Error::new(io::ErrorKind::BrokenPipe, "the vsock device has ended"))?;

@@ -7,6 +7,7 @@
 //! guest memory without a copy in between. One worker thread owns the queues and every
 //! connection.
 
+mod asked;
 mod backlog;
 mod connection;
 mod counters;
@@ -29,6 +30,7 @@ use self::worker::VsockWorker;
 use super::{ActivateError, Activation, VirtioDevice, read_config_bytes};
 use crate::worker::Worker;
 
+pub use self::asked::Asked;
 pub use self::counters::Counters;
 pub use self::handle::{Answer, ConnectError, Fallback, MAX_PRELUDE, Service, VsockHandle};
 pub use self::mux::{Mux, VsockQueue};

@@ -92,7 +92,7 @@ pub struct Mux {
     timer_runs: bool,
     commands: mpsc::Receiver<Command>,
     services: HashMap<u32, Service>,
-    fallback: Option<Fallback>,
+    fallback: Option<(Fallback, VsockHandle)>,
     table: Table,
     /// Slots with something to send to the guest, in turn.
     runnable: VecDeque<usize>,
@@ -267,6 +267,7 @@ impl Mux {
                 self.services.remove(&port);
             }
             Command::Fallback(fallback) => self.fallback = fallback,
+            Command::Answer { request, stream } => self.answer(&request, stream),
         }
     }
 

@@ -24,6 +24,7 @@ use rustix::net::{AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketT
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
+use super::asked::Asked;
 use super::handle::VsockHandle;
 
 /// Clients whose line is not complete, at most.
@@ -95,7 +96,11 @@ impl VsockUds {
             thread: Some(thread),
         };
         let base = path.clone();
-        let fallback = move |port| connect_out(&base, port);
+        let fallback = move |asked: Asked| {
+            if let Some(stream) = connect_out(&base, asked.port()) {
+                asked.accept(stream);
+            }
+        };
         uds.handle
             .set_fallback(Some(Box::new(fallback)))
             .map_err(system)?;
@@ -194,7 +199,7 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
 }
 
 /// A stream to whoever listens at PATH_`port`; None where nobody does or can at once. Never blocks.
-fn connect_out(base: &Path, port: u32) -> Option<OwnedFd> {
+pub fn connect_out(base: &Path, port: u32) -> Option<OwnedFd> {
     let mut name = base.as_os_str().to_owned();
     name.push(format!("_{port}"));
     let connect = || -> io::Result<OwnedFd> {

@@ -9,6 +9,7 @@ use vm_memory::GuestMemoryMmap;
 use super::table::Key;
 use super::{MAX_RESETS, Mux, Reset, VsockQueue};
 use crate::virtio::vsock::HOST_CID;
+use crate::virtio::vsock::asked::{Asked, Request};
 use crate::virtio::vsock::connection::{Connection, State, Violation};
 use crate::virtio::vsock::counters::Counters;
 use crate::virtio::vsock::handle::ConnectError;
@@ -169,36 +170,48 @@ impl Mux {
     fn accept(&mut self, key: Key, header: &Header) {
         // A service that was registered before the guest asked is found, whatever woke this thread.
         self.take_commands();
-        let free = self.table.find(key).is_none() && self.table.len() < self.max_connections;
-        let stream = if free {
-            self.host_stream(key.host_port)
-        } else {
-            None
-        };
-        let Some(stream) = stream.and_then(|socket| HostStream::new(socket).ok()) else {
-            return self.refuse(key, header);
-        };
-        let mut connection = Connection::incoming(key, stream, self.buf_alloc());
-        connection.peer_says(header.buf_alloc, header.fwd_cnt);
-        if self.add(connection).is_none() {
-            self.refuse(key, header);
+        let request = Request::new(key, header);
+        if self.table.len() >= self.max_connections {
+            return self.answer(&request, None);
         }
-    }
-
-    /// Our end of a stream to whatever serves `port`, if anything does.
-    fn host_stream(&mut self, port: u32) -> Option<OwnedFd> {
-        if let Some(service) = self.services.get_mut(&port) {
-            return match UnixStream::pair() {
+        if let Some(service) = self.services.get_mut(&key.host_port) {
+            let stream = match UnixStream::pair() {
                 Ok((ours, theirs)) => {
                     service(theirs);
                     Some(ours.into())
                 }
                 Err(error) => {
+                    let port = key.host_port;
                     tracing::warn!("no stream could be made for vsock port {port}: {error}");
                     None
                 }
             };
+            return self.answer(&request, stream);
         }
-        self.fallback.as_mut().and_then(|fallback| fallback(port))
+        match &mut self.fallback {
+            Some((fallback, handle)) => fallback(Asked::new(request, handle.clone())),
+            None => self.answer(&request, None),
+        }
+    }
+
+    /// Answers a guest that asked for a connection: with one to `stream`, or a reset.
+    pub(super) fn answer(&mut self, request: &Request, stream: Option<OwnedFd>) {
+        let key = request.key;
+        let free = self.table.find(key).is_none() && self.table.len() < self.max_connections;
+        let stream = stream.filter(|_| free);
+        let added = stream
+            .and_then(|socket| HostStream::new(socket).ok())
+            .and_then(|stream| {
+                let mut connection = Connection::incoming(key, stream, self.buf_alloc());
+                connection.peer_says(request.buf_alloc, request.fwd_cnt);
+                self.add(connection)
+            });
+        if added.is_none() {
+            Counters::add(&self.counters.refused, 1);
+            self.resets.push_back(Reset {
+                key,
+                socket_type: request.socket_type,
+            });
+        }
     }
 }

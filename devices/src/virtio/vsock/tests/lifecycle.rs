@@ -203,10 +203,12 @@ fn a_port_without_a_service_is_refused_and_one_taken_away_too() {
 fn the_fallback_serves_ports_without_a_service() {
     let mut guest = Guest::start();
     let (sender, streams) = mpsc::channel();
-    let fallback = move |port| {
-        let (ours, theirs) = UnixStream::pair().ok()?;
-        (port == 40).then(|| sender.send(theirs).unwrap())?;
-        Some(ours.into())
+    let fallback = move |asked: Asked| {
+        if asked.port() == 40 {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            sender.send(theirs).unwrap();
+            asked.accept(ours);
+        }
     };
     guest.handle.set_fallback(Some(Box::new(fallback))).unwrap();
     guest.send_op(41, 2, VIRTIO_VSOCK_OP_REQUEST);
@@ -215,6 +217,32 @@ fn the_fallback_serves_ports_without_a_service() {
     guest.expect(VIRTIO_VSOCK_OP_RESPONSE);
     guest.send_data(40, 2, b"x");
     assert_eq!(read(&streams.recv_timeout(PATIENCE).unwrap(), 1), b"x");
+}
+
+#[test]
+fn the_fallback_may_answer_at_any_time_and_in_any_order() {
+    let mut guest = Guest::start();
+    let (sender, asked) = mpsc::channel();
+    let fallback = move |asked| drop(sender.send(asked));
+    guest.handle.set_fallback(Some(Box::new(fallback))).unwrap();
+    for guest_port in [2, 3, 4] {
+        guest.send_op(40, guest_port, VIRTIO_VSOCK_OP_REQUEST);
+    }
+    let asked = || asked.recv_timeout(PATIENCE).unwrap();
+    let [first, second, third] = [asked(), asked(), asked()];
+    assert_eq!(guest.receive_if_any(), None);
+    drop(second);
+    assert_eq!(guest.expect(VIRTIO_VSOCK_OP_RST).header.dst_port, 3);
+    let (mut stream, theirs) = UnixStream::pair().unwrap();
+    third.accept(theirs);
+    let response = guest.expect(VIRTIO_VSOCK_OP_RESPONSE);
+    assert_eq!(response.header.dst_port, 4);
+    stream.write_all(b"late").unwrap();
+    assert_eq!(guest.expect(VIRTIO_VSOCK_OP_RW).data, b"late");
+    // This one waits no more: its guest has started anew.
+    guest.driver.reset();
+    first.accept(UnixStream::pair().unwrap().0);
+    assert_eq!(read_all(&stream), b"");
 }
 
 #[test]
