@@ -164,7 +164,25 @@ impl Relayed {
 
     /// As [`Link::join`] to the agent, by a connection that was made in advance where there is one.
     fn join_agent(&self, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
-        self.joiner.join_spare(self.ports.agent, &[], prelude, stream)
+        self.joiner
+            .join_spare(self.ports.agent, &[], prelude, stream)
+    }
+
+    /// Makes `stream` one with the connection that the guest has asked for under this number.
+    pub fn accept(&self, number: u64, stream: OwnedFd) -> io::Result<()> {
+        self.answer(&Relay::Accept(number), stream)
+    }
+
+    /// Refuses the connection that the guest has asked for under this number.
+    pub fn refuse(&self, number: u64) -> io::Result<()> {
+        let (nobody, _) = UnixStream::pair()?;
+        self.answer(&Relay::Refuse(number), nobody.into())
+    }
+
+    fn answer(&self, answer: &Relay, stream: OwnedFd) -> io::Result<()> {
+        let mut bytes = Vec::new();
+        protocol::send(&mut bytes, answer)?;
+        self.joiner.join(self.ports.relay, &bytes, stream)
     }
 
     fn join(&self, port: u32, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {

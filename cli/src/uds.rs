@@ -1,7 +1,8 @@
 //! `--vsock-uds` of a machine in the outer Linux: the guest's vsock ports at a Unix socket of the host.
 //!
 //! A client writes `CONNECT <port>` and a newline; its socket is then handed on and joined to the port where
-//! the machine is, from where it gets its `OK <port>`.
+//! the machine is, from where it gets its `OK <port>`. What the guest opens to a port of the host goes the
+//! other way: see [`crate::instance`].
 
 use std::fs;
 use std::io::{self, BufRead, BufReader, Read};

@@ -3,6 +3,7 @@
 //! All else of mvm (sessions, forwards, logs) is on the host in both cases and reaches the guest through
 //! the instance's [`Link`].
 
+mod asked;
 mod build;
 mod outer;
 pub mod runner;

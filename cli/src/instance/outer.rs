@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -9,6 +10,7 @@ use std::time::Duration;
 
 use agent::protocol::{self, ExitStatus, FromSession};
 use anyhow::{Context, Result, anyhow, bail};
+use devices::virtio::vsock::uds::connect_out;
 use vmm::Stats;
 
 use super::wire::{FromRunner, Relay, ToRunner, Up};
@@ -73,13 +75,6 @@ impl Outer {
             other => bail!("the machine's runner makes no sense: it begins with {other:?}"),
         };
         let (answered, answers) = mpsc::channel();
-        let listener = Listener {
-            control: streams.control.try_clone()?,
-            console: plan.console,
-            events: events.clone(),
-            answered,
-        };
-        spawn("runner", move || listener.listen(stdout))?;
         let joiner = Joiner::connect(&files.join())?;
         let ports = Ports {
             relay: up.port,
@@ -87,6 +82,14 @@ impl Outer {
         };
         let relayed = Arc::new(Relayed::new(files.socket(), joiner, ports));
         let uds = plan.args.vsock_uds.as_deref();
+        let listener = Listener {
+            control: streams.control.try_clone()?,
+            console: plan.console,
+            events: events.clone(),
+            answered,
+            ports: uds.map(|path| (path.to_owned(), relayed.clone())),
+        };
+        spawn("runner", move || listener.listen(stdout))?;
         let uds = uds
             .map(|path| Uds::serve(path, relayed.clone()))
             .transpose()?;
@@ -234,9 +237,25 @@ struct Listener {
     console: Box<dyn Write + Send>,
     events: Sender<Event>,
     answered: Sender<Answer>,
+    /// Where the ports of the host are that the guest may connect to, and the way back.
+    ports: Option<(PathBuf, Arc<Relayed>)>,
 }
 
 impl Listener {
+    /// Connects a guest that wants a port of the host to whoever listens there.
+    fn answer(&self, port: u32, number: u64) {
+        let Some((path, relayed)) = &self.ports else {
+            return;
+        };
+        let answered = match connect_out(path, port) {
+            Some(stream) => relayed.accept(number, stream),
+            None => relayed.refuse(number),
+        };
+        if let Err(error) = answered {
+            tracing::debug!("the guest does not hear of port {port}: {error}");
+        }
+    }
+
     fn listen(mut self, mut from: UnixStream) {
         let ended = loop {
             match protocol::receive(&mut from) {
@@ -246,6 +265,7 @@ impl Listener {
                     drop(self.answered.send(answer.map(|()| None)));
                 }
                 Ok(Some(FromRunner::Stats(stats))) => drop(self.answered.send(Ok(Some(stats)))),
+                Ok(Some(FromRunner::Asked { port, number })) => self.answer(port, number),
                 Ok(Some(FromRunner::Ended(ended))) => break ended,
                 Ok(Some(FromRunner::Failed(reason))) => break Ended::Failed(reason),
                 Ok(Some(FromRunner::Up(_))) => {}

@@ -17,6 +17,7 @@ use rustix::process::setpriority_process;
 use vmm::Machine;
 use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 
+use super::asked::{Question, Waiting};
 use super::wire::{FromRunner, Relay, ToRunner, Up};
 use super::{Keyboard, build, watch_end};
 use crate::args::RunArgs;
@@ -90,6 +91,7 @@ fn start(args: &RunArgs, host: &Host) -> Result<Arc<Machine>> {
     let (agents, agent_port) = listen()?;
     let cache = Cache::open()?;
     // The host serves the guest's ports: a socket made here could not be connected to there.
+    let offers_ports = args.vsock_uds.is_some();
     let args = RunArgs {
         vsock_uds: None,
         ..args.clone()
@@ -114,12 +116,22 @@ fn start(args: &RunArgs, host: &Host) -> Result<Arc<Machine>> {
             }
         });
     })?;
+    let waiting = Waiting::default();
+    if offers_ports {
+        let (questions, asking) = (waiting.listen(vsock)?, host.clone());
+        spawn("asked", move || {
+            for Question { port, number } in questions {
+                asking.tell(&FromRunner::Asked { port, number });
+            }
+        })?;
+    }
     let (handle, alive) = (vsock.clone(), Arc::downgrade(&machine));
     spawn("relay", move || {
         accept(&relays, &alive, |stream| {
             let (vsock, keyboard) = (handle.clone(), Keyboard::Here(alive.clone()));
+            let waiting = waiting.clone();
             let relay = move || {
-                if let Err(error) = relay(stream, &vsock, keyboard) {
+                if let Err(error) = relay(stream, &vsock, &waiting, keyboard) {
                     tracing::debug!("a connection from the host ended early: {error}");
                 }
             };
@@ -200,7 +212,12 @@ fn accept(listener: &VsockListener, machine: &Weak<Machine>, take: impl Fn(Vsock
     }
 }
 
-fn relay(stream: VsockStream, vsock: &VsockHandle, mut keyboard: Keyboard) -> io::Result<()> {
+fn relay(
+    stream: VsockStream,
+    vsock: &VsockHandle,
+    waiting: &Waiting,
+    mut keyboard: Keyboard,
+) -> io::Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     match protocol::receive(&stream)? {
         None => Ok(()),
@@ -219,6 +236,17 @@ fn relay(stream: VsockStream, vsock: &VsockHandle, mut keyboard: Keyboard) -> io
                     tracing::debug!("a client has gone: {error}");
                 }
             })
+        }
+        Some(Relay::Accept(number)) => {
+            stream.set_read_timeout(None)?;
+            if let Some(asked) = waiting.take(number) {
+                asked.accept(stream);
+            }
+            Ok(())
+        }
+        Some(Relay::Refuse(number)) => {
+            drop(waiting.take(number));
+            Ok(())
         }
         Some(Relay::ConsoleInput) => {
             stream.set_read_timeout(None)?;

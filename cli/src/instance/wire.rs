@@ -36,6 +36,14 @@ pub enum FromRunner {
     Failed(String),
     /// The guest's agent reported.
     Hello(Hello),
+    /// The guest connects to this port of the host (`--vsock-uds`), under a number of its own: answered with
+    /// [`Relay::Accept`] or [`Relay::Refuse`].
+    Asked {
+        /// The host's port.
+        port: u32,
+        /// Names the connection; used once.
+        number: u64,
+    },
     /// The serial console printed this.
     Console(Vec<u8>),
     /// A request was carried out, or why not.
@@ -69,4 +77,9 @@ pub enum Relay {
     DialWithLine(u32),
     /// Input for the serial console: raw bytes follow.
     ConsoleInput,
+    /// The connection with this number ([`FromRunner::Asked`]): raw bytes follow. Reset where it waits no
+    /// more.
+    Accept(u64),
+    /// The connection with this number is refused; nothing follows.
+    Refuse(u64),
 }

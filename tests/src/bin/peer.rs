@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! peer MODE ADDRESS:PORT | vsock:PORT | unix:PATH
+//! peer ask ADDRESS:PORT | vsock-host:PORT | unix:PATH QUESTION
 //! peer inotify DIR…
 //! ```
 //!
@@ -18,7 +19,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::net::sockopt::set_socket_linger;
 use tests::net::{read_digest, write_pattern};
-use vsock::{VMADDR_CID_ANY, VsockListener, VsockStream};
+use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 
 #[path = "peer/echo.rs"]
 mod echo;
@@ -166,7 +167,14 @@ fn clock() -> io::Result<()> {
 fn ask(at: &str, question: &str) -> io::Result<()> {
     let stream = match at.strip_prefix("unix:") {
         Some(path) => Stream::Unix(UnixStream::connect(path)?),
-        None => Stream::Tcp(TcpStream::connect(at)?),
+        None => match at.strip_prefix("vsock-host:") {
+            Some(port) => {
+                let port = port.parse().map_err(io::Error::other)?;
+                let stream = VsockStream::connect_with_cid_port(VMADDR_CID_HOST, port)?;
+                Stream::Vsock(stream)
+            }
+            None => Stream::Tcp(TcpStream::connect(at)?),
+        },
     };
     (&stream).write_all(question.as_bytes())?;
     stream.end_writing()?;

@@ -25,3 +25,4 @@ mod ssh;
 mod streams;
 mod stress;
 mod terminal;
+mod vsock_uds;
