@@ -52,8 +52,7 @@ pub enum Hello {
     Failed(String),
 }
 
-/// The first message of a connection to [`AGENT_PORT`]. The host may take its time before it begins: it makes some
-/// connections in advance.
+/// The first message of a connection to [`AGENT_PORT`], at any time: the host makes some in advance.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Open {
     /// Run a command; the connection goes on with [`ToSession`] and [`FromSession`].

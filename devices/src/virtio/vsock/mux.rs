@@ -11,6 +11,7 @@
 //! by [`MAX_RESETS`], at which the guest's packets are left in its own ring until it takes the resets.
 
 pub(super) mod asking;
+mod budget;
 mod from_guest;
 mod reserved;
 pub(super) mod table;
@@ -29,6 +30,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
 
 use self::asking::Asking;
+use self::budget::BUF_ALLOC_MIN;
 use self::from_guest::TxEnd;
 use self::table::{Key, Table};
 use self::to_guest::RxEnd;
@@ -40,17 +42,6 @@ use super::{HOST_CID, VsockConfig, linger};
 
 /// The most resets that wait for receive buffers before the guest's packets wait too.
 pub(super) const MAX_RESETS: usize = 1024;
-
-/// Bytes that a connection may hold for its host stream at most: those whose data flows. The guest is woken up
-/// for each quarter of it that came free.
-const BUF_ALLOC_MAX: u32 = 1 << 20;
-/// What a new connection may hold at most.
-const BUF_ALLOC_FIRST: u32 = 256 << 10;
-/// What every connection may hold.
-const BUF_ALLOC_MIN: u32 = 16 << 10;
-/// What all connections together may hold beyond that. New connections get from the first half;
-/// the other one is for those that turn out to be busy.
-const BUFFER_BUDGET: u64 = 128 << 20;
 
 /// The first port for the host's end of connections that it opens.
 const FIRST_HOST_PORT: u32 = 1 << 30;
@@ -99,7 +90,7 @@ pub struct Mux {
     asking: Asking,
     resets: VecDeque<Reset>,
     next_port: u32,
-    /// What of [`BUFFER_BUDGET`] is promised to the guest.
+    /// What of [`budget::BUFFER_BUDGET`] is promised to the guest.
     promised: u64,
     counters: Arc<Counters>,
 }
@@ -318,25 +309,6 @@ impl Mux {
             }
         }
         None
-    }
-
-    /// What the next connection may hold.
-    fn buf_alloc(&self) -> u32 {
-        let share = (BUFFER_BUDGET / 2).saturating_sub(self.promised) / 32;
-        let most = BUF_ALLOC_FIRST - BUF_ALLOC_MIN;
-        BUF_ALLOC_MIN + u32::try_from(share).map_or(most, |share| share.min(most))
-    }
-
-    /// Lets a connection hold more whose data flows, if there is anything left to give.
-    fn grow(&mut self, index: usize) {
-        let Some(connection) = self.table.get_mut(index) else {
-            return;
-        };
-        let more = u64::from(BUF_ALLOC_MAX.saturating_sub(connection.credit.buf_alloc()));
-        if more > 0 && self.promised + more <= BUFFER_BUDGET && connection.is_flowing() {
-            self.promised += more;
-            connection.grow(BUF_ALLOC_MAX);
-        }
     }
 
     /// Puts a connection into the table and watches its stream; None where that fails.
