@@ -34,7 +34,7 @@ pub fn run(names: &[Name], format: Format) -> Result<ExitCode> {
             Ok(survey) => reports.push(Report {
                 survey,
                 dir: store.dir(name),
-                socket: store.socket(name),
+                socket: store.socket_of_owner(name),
             }),
             Err(error) => {
                 eprintln!("mvm: {error:#}");

@@ -2,19 +2,20 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 
-use super::definition::{Definition, Ending};
+use super::definition::{Bytes, Definition, Ending, VERSION};
 use super::file::{self, Durability};
 use super::{DEFINITION, ENDING, Name, Owner, Store, socket};
 use crate::lock::Lock;
 
 /// A machine that belongs to this process until this is dropped.
 ///
-/// What is in the runtime directory vanishes with it; a process that is killed leaves it behind, except
+/// Its socket and what is told of it vanish with it; a process that is killed leaves them behind, except
 /// that the kernel gives its lock back. Lock order: a machine's own lock before that of the name that it gets.
 #[derive(Debug)]
 pub struct Claim {
@@ -47,9 +48,9 @@ impl Claim {
 
     /// The machine is about to run: how it last ended is forgotten, and whose it is told.
     pub fn started(&self) -> Result<()> {
-        let owner = Owner::this_process();
+        let owner = Owner::this_process(&self.store.socket(&self.name));
         let name = self.store.owner_file(&self.name);
-        file::write(&self.store.runtime, &name, &owner, Durability::Memory)?;
+        file::write(&self.store.owners, &name, &owner, Durability::Memory)?;
         file::remove(&self.dir().join(ENDING))
     }
 
@@ -67,8 +68,8 @@ impl Claim {
 
     /// Gives the machine another name; nothing has changed where this fails.
     ///
-    /// Killed half-way, the machine has one of the two names, and what the other one left in the runtime
-    /// directory is of no consequence: the directory of its state decides.
+    /// Killed half-way, the machine has one of the two names, and what the other one left is of no
+    /// consequence: the directory of its state decides.
     pub fn rename(&mut self, to: &Name) -> Result<()> {
         if *to == self.name {
             return Ok(());
@@ -92,17 +93,24 @@ impl Claim {
         {
             tracing::warn!("the control socket of {to} is still named {before}: {error}");
         }
-        let (from, name) = (self.store.owner_file(&before), self.store.owner_file(to));
-        let owner = fs::rename(self.store.runtime.join(from), self.store.runtime.join(name));
-        if let Err(error) = owner
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            tracing::warn!("it is not told who owns {to}: {error}");
+        if let Err(error) = self.move_owner(&before) {
+            tracing::warn!("it is not told who owns {to}: {error:#}");
         }
-        self.store.clean_runtime(&before);
+        self.store.clean_up(&before);
         // Last: nobody takes the old name while there is anything of this machine at it.
         self._lock = lock;
         Ok(())
+    }
+
+    /// Tells of the machine's new name what was told of that `before`.
+    fn move_owner(&self, before: &Name) -> Result<()> {
+        let before = self.store.owners.join(self.store.owner_file(before));
+        let Some(mut owner) = file::read::<Owner>(&before, VERSION)? else {
+            return Ok(());
+        };
+        owner.socket = Bytes(self.store.socket(&self.name).into_os_string().into_vec());
+        let name = self.store.owner_file(&self.name);
+        file::write(&self.store.owners, &name, &owner, Durability::Memory)
     }
 
     /// Removes the machine and all that is kept of it.
@@ -113,7 +121,7 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.store.clean_runtime(&self.name);
+        self.store.clean_up(&self.name);
     }
 }
 

@@ -5,9 +5,12 @@
 //! | `STATE/machines/NAME/machine.json` | [`Definition`] | who makes the machine, then its owner |
 //! | `STATE/machines/NAME/exit.json` | [`Ending`]; missing while it runs | its owner |
 //! | `STATE/machines/NAME/log`, `console`, … | [`crate::record`] | its owner |
-//! | `RUNTIME/machines/NAME.lock` | locked for as long as somebody owns the machine | its owner |
-//! | `RUNTIME/machines/NAME.json` | [`Owner`] | its owner |
+//! | `STATE/owners/NAME.lock` | locked for as long as somebody owns the machine | its owner |
+//! | `STATE/owners/NAME.json` | [`Owner`] | its owner |
 //! | `RUNTIME/machines/NAME.sock` | [`crate::control`] | its owner |
+//!
+//! RUNTIME may be another one for a job without a session, and vanishes when its user logs out: whose a machine is
+//! does not depend on it.
 //!
 //! A machine is there when its directory is, which appears and vanishes whole, by rename. Whether it runs is
 //! never read from a file: the lock tells, which the kernel gives back when the owner dies.
@@ -23,6 +26,7 @@ mod tests;
 use std::ffi::OsStr;
 use std::fs::{self, DirBuilder};
 use std::io;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -58,6 +62,7 @@ const STAGING_LIFE: Duration = Duration::from_secs(3600);
 #[derive(Debug, Clone)]
 pub struct Store {
     state: PathBuf,
+    owners: PathBuf,
     runtime: PathBuf,
 }
 
@@ -71,15 +76,19 @@ pub struct Owner {
     pub mvm: String,
     /// When it started the machine.
     pub since: Timestamp,
+    /// Where it answers.
+    pub socket: Bytes,
 }
 
 impl Owner {
-    fn this_process() -> Self {
+    /// This process, which answers at `socket`.
+    fn this_process(socket: &Path) -> Self {
         Self {
             version: VERSION,
             pid: std::process::id(),
             mvm: env!("CARGO_PKG_VERSION").to_owned(),
             since: Timestamp::now(),
+            socket: Bytes(socket.as_os_str().as_bytes().to_vec()),
         }
     }
 }
@@ -116,9 +125,10 @@ impl Store {
     pub fn at(state: &Path, runtime: &Path) -> Result<Self> {
         let store = Self {
             state: state.join("machines"),
+            owners: state.join("owners"),
             runtime: runtime.join("machines"),
         };
-        for dir in [&store.state, &store.runtime] {
+        for dir in [&store.state, &store.owners, &store.runtime] {
             let made = DirBuilder::new().mode(0o700).recursive(true).create(dir);
             made.with_context(|| format!("cannot make {}", dir.display()))?;
         }
@@ -209,7 +219,7 @@ impl Store {
         if !self.is_owned(name) {
             return Ok(None);
         }
-        file::read(&self.runtime.join(self.owner_file(name)), VERSION)
+        file::read(&self.owners.join(self.owner_file(name)), VERSION)
     }
 
     /// Makes a machine of this name, or of a generated one, owned by this process.
@@ -293,7 +303,15 @@ impl Store {
 
     /// Connects to the control socket of a machine's owner.
     pub fn connect(&self, name: &Name, patience: Duration) -> io::Result<UnixStream> {
-        socket::connect(&self.socket(name), patience)
+        socket::connect(&self.socket_of_owner(name), patience)
+    }
+
+    /// Where the owner of a machine says that it answers, or would if it were this process.
+    pub fn socket_of_owner(&self, name: &Name) -> PathBuf {
+        match self.owner(name) {
+            Ok(Some(owner)) => PathBuf::from(owner.socket.as_os_str()),
+            _ => self.socket(name),
+        }
     }
 
     /// The directory of what outlives a machine's process.
@@ -301,22 +319,22 @@ impl Store {
         self.state.join(name.as_str())
     }
 
-    /// Where the machine's control socket is while it is owned.
-    pub fn socket(&self, name: &Name) -> PathBuf {
+    /// Where the machine's control socket is while this process owns it.
+    fn socket(&self, name: &Name) -> PathBuf {
         self.runtime.join(format!("{name}.sock"))
     }
 
     fn lock_file(&self, name: &Name) -> PathBuf {
-        self.runtime.join(format!("{name}.lock"))
+        self.owners.join(format!("{name}.lock"))
     }
 
     fn owner_file(&self, name: &Name) -> String {
         format!("{name}.json")
     }
 
-    /// Removes what an owner leaves in the runtime directory, besides its lock. To be called with the lock held.
-    fn clean_runtime(&self, name: &Name) {
-        for path in [self.socket(name), self.runtime.join(self.owner_file(name))] {
+    /// Removes what an owner leaves besides its lock. To be called with the lock held.
+    fn clean_up(&self, name: &Name) {
+        for path in [self.socket(name), self.owners.join(self.owner_file(name))] {
             if let Err(error) = file::remove(&path) {
                 tracing::warn!("{error:#}");
             }
@@ -375,7 +393,8 @@ impl Store {
                 tracing::warn!("{error:#}");
             }
         }
-        for path in paths_in(&self.runtime) {
+        let left = [&self.owners, &self.runtime].map(|dir| paths_in(dir));
+        for path in left.into_iter().flatten() {
             let stem = path.file_stem().and_then(OsStr::to_str);
             let Some(name) = stem.and_then(|stem| stem.parse::<Name>().ok()) else {
                 continue;
@@ -387,7 +406,7 @@ impl Store {
             if let Ok(Some(_lock)) = Lock::attempt(&self.lock_file(&name))
                 && !self.exists(&name)
             {
-                self.clean_runtime(&name);
+                self.clean_up(&name);
             }
         }
     }

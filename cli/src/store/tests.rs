@@ -34,10 +34,16 @@ fn make(store: &Store, text: &str) -> Claim {
     store.create(Some(&name(text)), &definition()).unwrap()
 }
 
+/// What an owner has besides its machine's directory.
+fn owned_paths(store: &Store) -> Vec<PathBuf> {
+    let dirs = [&store.owners, &store.runtime];
+    dirs.into_iter().flat_map(|dir| paths_in(dir)).collect()
+}
+
 /// What remains of a machine whose owner was killed while it ran: its lock is free, its files are there.
 fn kill(claim: Claim) {
     let (store, name) = (claim.store.clone(), claim.name.clone());
-    let left: Vec<_> = paths_in(&store.runtime)
+    let left: Vec<_> = owned_paths(&store)
         .into_iter()
         .filter(|path| path.extension().is_some_and(|kind| kind == "json"))
         .map(|path| (path.clone(), fs::read(path).unwrap()))
@@ -69,6 +75,28 @@ fn what_was_typed_comes_back_byte_for_byte() {
 }
 
 #[test]
+fn whose_a_machine_is_does_not_depend_on_the_runtime_directory() {
+    let (base, store) = store();
+    let elsewhere = Store::at(&base.path().join("state"), &base.path().join("elsewhere")).unwrap();
+    let mut definition = definition();
+    definition.ephemeral = true;
+    let mut claim = store.create(Some(&name("a")), &definition).unwrap();
+    claim.started().unwrap();
+    let _listener = claim.bind().unwrap();
+    let listed = elsewhere.list().unwrap();
+    assert_eq!(listed.len(), 1);
+    assert_eq!(*listed[0].standing.as_ref().unwrap(), Standing::Owned);
+    elsewhere.claim(&name("a")).unwrap_err();
+    elsewhere.connect(&name("a"), Duration::ZERO).unwrap();
+    claim.rename(&name("b")).unwrap();
+    elsewhere.connect(&name("b"), Duration::ZERO).unwrap();
+    // Its user has logged out.
+    fs::remove_dir_all(base.path().join("run")).unwrap();
+    assert_eq!(elsewhere.standing(&name("b")).unwrap(), Standing::Owned);
+    assert_eq!(store.standing(&name("b")).unwrap(), Standing::Owned);
+}
+
+#[test]
 fn a_machine_stands_as_its_owner_left_it() {
     let (_base, store) = store();
     let claim = make(&store, "a");
@@ -84,7 +112,7 @@ fn a_machine_stands_as_its_owner_left_it() {
     let stands = store.standing(&name("a")).unwrap();
     assert_eq!(stands, Standing::Ended(ending));
     assert!(store.owner(&name("a")).unwrap().is_none());
-    assert_eq!(paths_in(&store.runtime), Vec::<PathBuf>::new());
+    assert_eq!(owned_paths(&store), Vec::<PathBuf>::new());
 
     let claim = store.claim(&name("a")).unwrap();
     claim.started().unwrap();
@@ -186,7 +214,7 @@ fn an_unknown_machine_is_told_with_its_neighbours() {
     let error = store.claim(&name("elsewhere")).unwrap_err().to_string();
     assert!(error.contains("no machine named elsewhere"), "{error}");
     // Nobody's lock is left behind by having looked.
-    assert_eq!(paths_in(&store.runtime), Vec::<PathBuf>::new());
+    assert_eq!(owned_paths(&store), Vec::<PathBuf>::new());
 }
 
 #[test]
@@ -198,7 +226,7 @@ fn a_removed_machine_leaves_nothing() {
     kill(claim);
     store.claim(&name("a")).unwrap().remove().unwrap();
     assert_eq!(paths_in(&store.state), Vec::<PathBuf>::new());
-    assert_eq!(paths_in(&store.runtime), Vec::<PathBuf>::new());
+    assert_eq!(owned_paths(&store), Vec::<PathBuf>::new());
     make(&store, "a");
 }
 
@@ -222,16 +250,18 @@ fn a_running_machine_takes_a_new_name_with_all_it_has() {
     );
     assert_eq!(claim.name(), &name("a"));
 
-    let owner = store.owner(&name("a")).unwrap();
+    let mut owner = store.owner(&name("a")).unwrap().unwrap();
     claim.rename(&name("c")).unwrap();
-    assert_eq!(store.owner(&name("c")).unwrap(), owner);
+    let socket = store.socket(&name("c"));
+    owner.socket = Bytes(socket.into_os_string().into_vec());
+    assert_eq!(store.owner(&name("c")).unwrap(), Some(owner));
     assert_eq!(store.names().unwrap(), [name("b"), name("c")]);
     assert_eq!(store.standing(&name("c")).unwrap(), Standing::Owned);
     assert!(!store.is_owned(&name("a")) && !store.is_owned(&name("b")));
     store.connect(&name("c"), Duration::from_secs(10)).unwrap();
     listener.accept().unwrap();
     drop(claim);
-    assert_eq!(paths_in(&store.runtime), Vec::<PathBuf>::new());
+    assert_eq!(owned_paths(&store), Vec::<PathBuf>::new());
 }
 
 #[test]
@@ -278,7 +308,11 @@ fn leftovers_of_a_crash_are_no_machines_and_go_away() {
     fs::write(store.state.join(".gone-old.17/machine.json"), "{").unwrap();
     fs::create_dir(store.state.join(".new-fresh.17")).unwrap();
     for extension in ["lock", "json", "sock"] {
-        fs::write(store.runtime.join(format!("ghost.{extension}")), "").unwrap();
+        let dir = match extension {
+            "sock" => &store.runtime,
+            _ => &store.owners,
+        };
+        fs::write(dir.join(format!("ghost.{extension}")), "").unwrap();
     }
     assert_eq!(store.names().unwrap(), []);
     let claim = make(&store, "a");
@@ -290,7 +324,7 @@ fn leftovers_of_a_crash_are_no_machines_and_go_away() {
     left_sorted.sort();
     assert_eq!(left_sorted, expected);
     drop(claim);
-    assert_eq!(paths_in(&store.runtime), Vec::<PathBuf>::new());
+    assert_eq!(owned_paths(&store), Vec::<PathBuf>::new());
 }
 
 #[test]
