@@ -200,6 +200,6 @@ fn look(at: impl AsFd, name: impl rustix::path::Arg) -> rustix::io::Result<Statx
 }
 
 /// The kernel's own way to number its devices, which fusectl and fdinfo show: 20 bits are the minor number.
-fn device_of(seen: &Statx) -> u64 {
+pub fn device_of(seen: &Statx) -> u64 {
     u64::from(seen.stx_dev_major) << 20 | u64::from(seen.stx_dev_minor)
 }

@@ -17,6 +17,7 @@ mod redo;
 mod replay;
 #[cfg(test)]
 mod tests;
+mod usage;
 mod view;
 mod watchers;
 
@@ -215,7 +216,7 @@ impl Folder {
         }
         unmounted.map_err(|refusal| match refusal {
             Refusal::Root => "it is the machine's root".to_owned(),
-            Refusal::Busy => "it is in use".to_owned(),
+            Refusal::Busy => usage::sentence(self.attached.device),
             Refusal::Elsewhere => "something else is mounted over it, or it was moved".to_owned(),
             Refusal::Other(errno) => format!("it cannot be unmounted: {errno}"),
         })?;

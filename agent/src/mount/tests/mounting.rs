@@ -189,7 +189,9 @@ fn the_host_unmounts_what_nobody_uses() {
         return;
     };
     let open = File::create(at.path().join("file")).unwrap();
-    assert!(folder.unmount(false).is_err());
+    let why = folder.unmount(false).unwrap_err();
+    let expected = format!("(pid {}, an open file)", std::process::id());
+    assert!(why.contains(&expected), "{why}");
     assert!(is_mounted(at.path()));
     (&open).write_all(b"still works").unwrap();
     drop(open);
