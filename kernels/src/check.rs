@@ -189,6 +189,7 @@ const SHARE: &[Requirement] = &[
     required("VSOCKETS", "shared folders over vsock"),
     required("VIRTIO_VSOCKETS", "shared folders over vsock"),
     optional("INOTIFY_USER", "programs that watch files"),
+    optional("FHANDLE", "telling those programs of the host's changes"),
     optional("FANOTIFY", "programs that watch whole filesystems"),
     optional("VIRTIO_FS", "shared folders over virtiofs"),
     optional("NET_9P_VIRTIO", "shared folders over 9p"),

@@ -45,6 +45,10 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "agent/src/mount/handle.rs",
         "system calls that no crate here has",
     ),
+    (
+        "agent/src/mount/tune.rs",
+        "socket options that nobody has safe calls for",
+    ),
     ("agent/src/power.rs", "signals to every process"),
     ("agent/src/priority.rs", "the scheduling of a thread"),
     ("agent/src/reap.rs", "fork"),

@@ -17,6 +17,7 @@ mod redo;
 mod replay;
 #[cfg(test)]
 mod tests;
+mod tune;
 mod usage;
 mod view;
 mod watchers;
@@ -302,6 +303,7 @@ impl Carrying {
             self.pumps.push(pump);
             return Ok(());
         };
+        tune::widen(&stream);
         let own = match queue {
             0 => Arc::clone(device),
             _ => Arc::new(device::clone(device)?),

@@ -9,10 +9,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
 
 use super::ending::{Ending, Why};
 use super::order::{self, Replies};
+use super::tune;
 use crate::connection::Connection;
 
 /// The longest message: 1 MiB of a file's data, headers, and two names; the server on the host asks for no more.
@@ -23,6 +26,15 @@ const HEADER: usize = 16;
 
 /// Messages up to this length are read together, as many as are there.
 const BATCH: usize = 64 << 10;
+
+/// Of a longer message, a thread is woken for so many bytes at a time, or for the last ones.
+const PIECE: usize = 256 << 10;
+
+/// When so many bytes do not come. Kernels before Linux 6.8 may have kept from the host that there is room for them.
+const STALLED: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 10_000_000,
+};
 
 /// Pumps call little and keep their buffers on the heap.
 const STACK: usize = 64 << 10;
@@ -180,24 +192,72 @@ impl Inbox {
     /// Reads more. Of a long message nothing behind it is read, so that it need not be moved, and the next
     /// begins at the front.
     fn fill(&mut self, from: &Connection) -> Result<(), Why> {
+        let announced = self.announced()?;
         let here = self.end - self.start;
-        let limit = match self.announced()? {
-            Some(length) if length > BATCH => length,
-            _ => BATCH,
-        };
         if self.start > 0 {
             self.buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, here);
         }
-        let room = self.buffer.get_mut(here..limit).unwrap_or_default();
-        match rustix::io::read(from, room) {
-            Ok(0) => Err(Why::Failed("the host has closed it".to_owned())),
-            Ok(length) => {
+        match announced {
+            Some(length) if length > BATCH => self.fill_to(length, from),
+            _ => {
+                wait(from, None)?;
+                self.read(BATCH, from)
+            }
+        }
+    }
+
+    /// Reads to the end of a long message, and wakes up for large pieces of it only.
+    fn fill_to(&mut self, length: usize, from: &Connection) -> Result<(), Why> {
+        let mut woken_at = 1;
+        let mut largest = PIECE;
+        while self.end < length {
+            let piece = (length - self.end).min(largest);
+            if piece != woken_at {
+                tune::wake_at(from, piece).map_err(lost)?;
+                woken_at = piece;
+            }
+            let patience = (piece > 1).then_some(&STALLED);
+            if !wait(from, patience)? {
+                largest = 1;
+                continue;
+            }
+            self.read(length, from)?;
+        }
+        match woken_at {
+            1 => Ok(()),
+            _ => tune::wake_at(from, 1).map_err(lost),
+        }
+    }
+
+    /// Reads what there is, up to `limit` in the buffer.
+    fn read(&mut self, limit: usize, from: &Connection) -> Result<(), Why> {
+        let room = self.buffer.get_mut(self.end..limit).unwrap_or_default();
+        match recv(from, room, RecvFlags::DONTWAIT) {
+            Ok((_, 0)) => Err(Why::Failed("the host has closed it".to_owned())),
+            Ok((_, length)) => {
                 self.end += length;
                 Ok(())
             }
-            Err(Errno::INTR) => Ok(()),
-            Err(errno) => Err(Why::Failed(format!("the host does not answer: {errno}"))),
+            Err(Errno::INTR | Errno::AGAIN) => Ok(()),
+            Err(errno) => Err(lost(errno.into())),
         }
     }
+}
+
+/// Waits until there is something to read; false where there was not in time.
+///
+/// Not recv(2): over vsock, that is woken by all that happens to the connection, such as room for more requests.
+fn wait(from: &Connection, patience: Option<&Timespec>) -> Result<bool, Why> {
+    loop {
+        match poll(&mut [PollFd::new(from, PollFlags::IN)], patience) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(lost(errno.into())),
+        }
+    }
+}
+
+fn lost(error: io::Error) -> Why {
+    Why::Failed(format!("the host does not answer: {error}"))
 }

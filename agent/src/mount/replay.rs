@@ -3,9 +3,10 @@
 use std::collections::HashSet;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use agent::protocol::{ChangeKind, HostChange};
 use rustix::event::{EventfdFlags, eventfd};
@@ -16,6 +17,10 @@ use super::redo::{Redo, path};
 use super::view::View;
 use super::watchers::{Watched, Watchers};
 use crate::tree::Tree;
+
+/// How long the folder is held after a change for the next one. Unmounting it is not refused meanwhile, but its end
+/// comes that much later.
+const LINGER: Duration = Duration::from_millis(100);
 
 /// How far the clocks of host and machine may be apart, in seconds.
 const CLOCKS_DIFFER: i64 = 2;
@@ -61,8 +66,11 @@ impl Replayer {
         let shared = Arc::clone(&done);
         let state = State {
             watchers: Watchers::new(attached.device),
-            attached,
-            root,
+            lookout: Lookout {
+                attached,
+                root,
+                view: None,
+            },
             device,
             known: now(),
         };
@@ -128,38 +136,77 @@ impl Done {
 
 /// What the thread knows.
 struct State {
-    attached: Arc<Attached>,
-    root: Arc<Tree>,
+    lookout: Lookout,
     device: Arc<OwnedFd>,
     watchers: Watchers,
     /// When it was last known what has changed: seconds since 1970.
     known: i64,
 }
 
+/// The folder, as the thread sees it while it has something to do.
+pub struct Lookout {
+    attached: Arc<Attached>,
+    root: Arc<Tree>,
+    view: Option<View>,
+}
+
+impl Lookout {
+    /// The folder; None where it is not at its place any more, so that nobody sees it there.
+    pub fn view(&mut self) -> Option<&View> {
+        if self.view.is_none() {
+            let opened = self.attached.open(&self.root);
+            match opened.and_then(|top| View::new(&top)) {
+                Ok(view) => self.view = Some(view),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => eprintln!(
+                    "mvm-agent: those who watch a shared folder are not told of the host's changes: {error}"
+                ),
+            }
+        }
+        self.view.as_ref()
+    }
+
+    /// Lets go of it, for changes that come in a row to need it once.
+    fn close(&mut self) {
+        self.view = None;
+    }
+
+    fn is_open(&self) -> bool {
+        self.view.is_some()
+    }
+}
+
 fn run(mut state: State, from: &Receiver<Vec<HostChange>>, done: &Done) {
-    while let Ok(changes) = from.recv() {
-        state.redo(&changes);
-        *done.lock() -= 1;
-        done.idle.notify_all();
-        // The counter is far from its end, so the write neither blocks nor fails.
-        let _ = rustix::io::write(&done.event, &1u64.to_ne_bytes());
+    loop {
+        let next = match state.lookout.is_open() {
+            true => from.recv_timeout(LINGER),
+            false => from.recv().map_err(RecvTimeoutError::from),
+        };
+        match next {
+            Ok(changes) => {
+                state.redo(&changes);
+                *done.lock() -= 1;
+                done.idle.notify_all();
+                // The counter is far from its end, so the write neither blocks nor fails.
+                let _ = rustix::io::write(&done.event, &1u64.to_ne_bytes());
+            }
+            Err(RecvTimeoutError::Timeout) => state.lookout.close(),
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
     }
 }
 
 impl State {
     fn redo(&mut self, changes: &[HostChange]) {
-        let (attached, root) = (&self.attached, &self.root);
-        // A folder that is not at its place any more is seen by nobody there.
-        let view = || View::new(&attached.open(root).ok()?).ok();
-        let watched = |watchers: &Watchers, change| is_watched(&watchers.watched, change);
-        if !changes.iter().all(|change| watched(&self.watchers, change)) {
-            self.watchers.look(&view);
+        let is_watched = |change| is_watched(&self.watchers.watched, change);
+        if !changes.iter().all(is_watched) {
+            self.watchers.look(&mut self.lookout);
         }
         if !self.watchers.watched.is_empty()
-            && let Some(view) = view()
+            && let Some(view) = self.lookout.view()
         {
             let redo = Redo {
-                view: &view,
+                view,
                 watched: &self.watchers.watched,
                 device: &self.device,
                 since: self.known - CLOCKS_DIFFER,

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{CWD, Dir, Mode, OFlags, openat, readlinkat};
 
 use super::handle::Handle;
+use super::replay::Lookout;
 use super::view::View;
 
 /// What an inotify instance's descriptor links to.
@@ -72,7 +73,7 @@ impl Watchers {
     }
 
     /// Looks again, after a while where somebody was looked for just now.
-    pub fn look(&mut self, view: &dyn Fn() -> Option<View>) {
+    pub fn look(&mut self, lookout: &mut Lookout) {
         if let Some(next) = self.next {
             thread::sleep(next.saturating_duration_since(Instant::now()));
         }
@@ -80,7 +81,10 @@ impl Watchers {
         let (handles, everything) = handles_on(self.device);
         let files = match handles.is_empty() {
             true => HashMap::new(),
-            false => view().map_or_else(HashMap::new, |view| with_paths(handles, &view)),
+            false => {
+                let view = lookout.view();
+                view.map_or_else(HashMap::new, |view| with_paths(handles, view))
+            }
         };
         self.watched = Watched { files, everything };
         let pause = (start.elapsed() * PAUSE_FACTOR).clamp(MIN_PAUSE, MAX_PAUSE);
