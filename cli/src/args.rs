@@ -5,6 +5,7 @@
 pub mod folder;
 pub mod forward;
 pub mod machine;
+pub mod root;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -78,7 +79,8 @@ pub struct RunArgs {
     pub initrd: Option<PathBuf>,
 
     /// Root filesystem: a disk image (ext4, squashfs, erofs; whole or partitioned), which `:ro` keeps unchanged;
-    /// a directory, which `:rw` lets the guest change; or `none` for a small one of mvm's own
+    /// a directory, which `:rw` lets the guest change; or `none` for a small one of mvm's own [default: the
+    /// host's own, read-only, with the working directory shared; see --explain]
     #[arg(long, value_name = "IMAGE[:ro]|DIR[:rw]|none")]
     pub rootfs: Option<OsString>,
 
@@ -166,6 +168,10 @@ pub struct RunArgs {
     /// Show on standard error where the time went
     #[arg(long)]
     pub timing: bool,
+
+    /// What of the host's root there is.
+    #[command(flatten)]
+    pub root: root::HostRootArgs,
 
     /// What is shared.
     #[command(flatten)]

@@ -15,6 +15,7 @@ mod folder;
 mod foreground;
 mod forward;
 mod guest;
+mod host_root;
 mod instance;
 mod kernel;
 mod link;

@@ -14,6 +14,7 @@ use vmm::boot::cmdline;
 use vmm::{DiskConfig, Initrd, MachineConfig, NetConfig, VsockConfig};
 
 use crate::args::{Net, RunArgs};
+use crate::host_root::HostRoot;
 use crate::rootfs::{self, Mode, Rootfs, split_mode};
 use crate::store::Name;
 use crate::{accel, guest, session, terminal};
@@ -175,21 +176,30 @@ pub fn initramfs(args: &RunArgs, kernel: &Kernel, root: &Root, cache: &Cache) ->
 }
 
 /// The command as the agent is asked for it.
-pub fn exec(args: &RunArgs) -> Exec {
+pub fn exec(args: &RunArgs, host: Option<&HostRoot>) -> Exec {
     let shell = args.command.is_empty();
     let on_terminal = args.tty || (shell && terminal::stdin_is_terminal());
+    let mut env = host.map_or_else(Vec::new, |host| host.environment(args.user.as_deref()));
+    env.extend(environment(&args.env, on_terminal));
+    let here = host.map(|host| host.caller().cwd.as_os_str());
+    let workdir = args.workdir.as_deref().or(here);
     Exec {
         session: session::fresh_id(),
         argv: args.command.iter().map(|word| bytes(word)).collect(),
-        env: environment(&args.env, on_terminal),
+        env,
         clear_env: false,
-        cwd: args.workdir.as_ref().map(|dir| bytes(dir)),
-        cwd_or_home: false,
-        user: args.user.clone(),
+        cwd: workdir.map(bytes),
+        cwd_or_home: args.workdir.is_none(),
+        user: user(args, host),
         terminal: on_terminal.then(terminal::window_size),
         stdin: args.interactive || shell || terminal::stdin_is_ours(),
         in_initramfs: false,
     }
+}
+
+/// Who commands run as; None is root.
+pub fn user(args: &RunArgs, host: Option<&HostRoot>) -> Option<String> {
+    args.user.clone().or_else(|| host.map(HostRoot::user))
 }
 
 /// `-e NAME=VALUE` as given, `-e NAME` from the caller's environment where it is set there.

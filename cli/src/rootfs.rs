@@ -16,6 +16,8 @@ pub const SERIAL: &str = "mvm-root";
 /// What a machine's commands see as `/`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Rootfs {
+    /// The host's own, as far as [`crate::host_root`] shows it.
+    Host,
     /// The small root that mvm brings.
     BuiltIn,
     /// A directory of the host.
@@ -38,7 +40,11 @@ impl Rootfs {
     /// What was typed, by what the host has there.
     pub fn of(args: &RunArgs) -> Self {
         let Some(typed) = &args.rootfs else {
-            return Self::BuiltIn;
+            // At the console there is nobody who would mount it.
+            return match args.initrd.is_some() || args.console {
+                true => Self::BuiltIn,
+                false => Self::Host,
+            };
         };
         if typed == "none" {
             return Self::BuiltIn;
@@ -63,6 +69,7 @@ impl Rootfs {
     /// Where it cannot be a root, or not of such a machine.
     pub fn root(&self, args: &RunArgs) -> Result<Root> {
         match self {
+            Self::Host => Ok(Root::Share { overlay: true }),
             Self::BuiltIn => Ok(Root::Initramfs),
             Self::Directory { path, writable } => {
                 if args.init.is_some() || args.console {

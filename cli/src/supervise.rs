@@ -22,9 +22,10 @@ use crate::accel::{self, Choice};
 use crate::args::{self, Cli, RunArgs};
 use crate::owner::{self, Mode};
 use crate::record::{self, Stream};
+use crate::rootfs::Rootfs;
 use crate::store::{Bytes, Definition, Name, Store};
 use crate::timing::Timing;
-use crate::{FAILED, prepare};
+use crate::{FAILED, host_root, prepare};
 
 /// The longest line that is recorded as one.
 const MAX_LINE: u64 = 4096;
@@ -58,13 +59,18 @@ pub fn launch(args: &RunArgs, words: &[OsString]) -> Result<ExitCode> {
     }
 }
 
-/// What `-e NAME` takes from the caller's environment.
+/// What `-e NAME`, and the host's root, take from the caller's environment.
 fn captured(args: &RunArgs) -> Vec<(Bytes, Bytes)> {
     let unset = |item: &&OsString| !item.as_bytes().contains(&b'=');
-    args.env
-        .iter()
-        .filter(unset)
-        .filter_map(|name| Some((name.into(), env::var_os(name)?.into())))
+    let named = args.env.iter().filter(unset);
+    let named = named.filter_map(|name| Some((name.clone(), env::var_os(name)?)));
+    let host = match Rootfs::of(args) {
+        Rootfs::Host => host_root::environment(|name| env::var_os(name)),
+        _ => Vec::new(),
+    };
+    host.into_iter()
+        .chain(named)
+        .map(|(name, value)| (name.into(), value.into()))
         .collect()
 }
 

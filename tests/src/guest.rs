@@ -2,7 +2,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::host;
@@ -12,6 +12,8 @@ use crate::process::{Input, Output, Running};
 #[derive(Debug)]
 pub struct Guest {
     options: Vec<OsString>,
+    has_host_root: bool,
+    directory: Option<PathBuf>,
     boot_timeout: OsString,
     environment: Vec<(OsString, OsString)>,
     input: Input,
@@ -25,11 +27,13 @@ impl Default for Guest {
 }
 
 impl Guest {
-    /// What `mvm run` makes by itself: the default kernel and the built-in root.
+    /// A machine with the default kernel and, unless another one is asked for, the built-in root.
     pub fn new() -> Self {
         host::is_emulated();
         Self {
             options: Vec::new(),
+            has_host_root: false,
+            directory: None,
             // A busy machine that emulates takes its time; only a guest that hangs needs longer.
             boot_timeout: "170s".into(),
             environment: Vec::new(),
@@ -54,6 +58,15 @@ impl Guest {
     /// Boots this kernel.
     pub fn kernel(self, kernel: impl AsRef<OsStr>) -> Self {
         self.option("--kernel", kernel)
+    }
+
+    /// What `mvm run` makes by itself, where it is typed in `directory`: the host's own root.
+    pub fn of_host(directory: &Path) -> Self {
+        Self {
+            has_host_root: true,
+            directory: Some(directory.to_owned()),
+            ..Self::new()
+        }
     }
 
     /// Takes this image for the root.
@@ -143,6 +156,11 @@ impl Guest {
             "--boot-timeout".into(),
             self.boot_timeout.clone(),
         ];
+        // Another one that is named later counts.
+        let has_own = |option: &OsString| option == "--initrd" || option == "--console";
+        if !self.has_host_root && !self.options.iter().any(has_own) {
+            words.extend(["--rootfs", "none"].map(OsString::from));
+        }
         words.extend_from_slice(&self.options);
         if !command.is_empty() {
             words.push("--".into());
@@ -154,6 +172,9 @@ impl Guest {
     fn into_command(self, command: &[&str]) -> (Command, Input, Option<File>) {
         let mut process = Command::new(host::mvm());
         process.args(self.arguments(command));
+        if let Some(directory) = &self.directory {
+            process.current_dir(directory);
+        }
         process.envs(self.environment);
         (process, self.input, self.output)
     }

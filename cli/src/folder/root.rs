@@ -1,14 +1,16 @@
 //! A directory of the host as a machine's root.
 
 use std::ffi::OsString;
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use agent::protocol::{self, AGENT_PORT, Done, MountPoint, NewDirectory, Open};
+use agent::protocol::{self, AGENT_PORT, Done, MountPoint, NewDirectory, Open, UserIds};
 use share::{Ids, Limits, Options, Owner, Share, ShareError};
 
 use super::error::FolderError;
 use super::served::{Place, Served};
 use super::{PATIENCE, files_allowed};
+use crate::host_root::HostRoot;
 use crate::link::Link;
 
 /// Its share of the descriptors that this process may have.
@@ -39,6 +41,41 @@ impl Root {
             source: path.into(),
             read_only: !writable,
             directories: Vec::new(),
+        })
+    }
+
+    /// What `host` shows of this host's own root.
+    ///
+    /// # Errors
+    /// Where it cannot be opened.
+    pub fn of_host(host: &HostRoot) -> Result<Self, ShareError> {
+        let caller = host.caller();
+        let ids = Ids {
+            uid: caller.uid,
+            gid: caller.gid,
+        };
+        // What is shown everybody may read, or its owner.
+        let options = Options {
+            acl: false,
+            ..options(ids)
+        };
+        let directory = |path: &Path, mode, ids: Ids| NewDirectory {
+            path: path.as_os_str().as_bytes().to_vec(),
+            mode,
+            owner: UserIds {
+                uid: ids.uid,
+                gid: ids.gid,
+            },
+        };
+        let root = Ids { uid: 0, gid: 0 };
+        Ok(Self {
+            share: Share::open_view(Path::new("/"), options, host.view())?,
+            source: "/".into(),
+            read_only: true,
+            directories: vec![
+                directory(&caller.home, 0o700, ids),
+                directory(Path::new("/var/tmp"), 0o1777, root),
+            ],
         })
     }
 

@@ -99,6 +99,18 @@ impl Volume {
         Ok(volume)
     }
 
+    /// A folder that the guest has where the host has it, to be written.
+    pub fn at_its_own_path(path: &Path) -> Self {
+        Self {
+            host: path.to_owned(),
+            guest: path.to_owned(),
+            read_only: false,
+            uid: None,
+            gid: None,
+            cache: Cache::default(),
+        }
+    }
+
     fn set(&mut self, option: &[u8]) -> Result<(), VolumeError> {
         match option {
             b"" => {}

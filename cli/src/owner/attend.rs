@@ -220,7 +220,7 @@ impl Attendant {
     /// The command as the agent is asked for it.
     fn exec(&self) -> Exec {
         let args = &self.machine.args;
-        let mut exec = resolve::exec(args);
+        let mut exec = resolve::exec(args, self.machine.host_root.as_ref());
         if self.mode == Mode::Background {
             exec.stdin = false;
         }

@@ -13,6 +13,8 @@ use crate::folder::{Folders, Root};
 use crate::forward::proxy::Proxy;
 use crate::forward::spec::{GuestEnd, HostEnd, PortRange, Publish};
 use crate::forward::{Auto, Declarations, Forwarder};
+use crate::host_root::HostRoot;
+use crate::resolve;
 use crate::rootfs::Rootfs;
 use crate::store::{Bytes, Changes, Definition};
 
@@ -52,19 +54,33 @@ pub fn declarations(args: &RunArgs, definition: &Definition) -> Result<Declarati
 }
 
 /// The folders that a machine from `args` whose definition is `definition` shares with its guest.
-pub fn folders(args: &RunArgs, definition: &Definition) -> Result<Folders> {
-    let declared = match &definition.changes.mounts {
-        None => args.folder.volume.clone(),
-        Some(list) => list.iter().map(volume).collect::<Result<_>>()?,
-    };
-    let folders = Folders::new(declared, args.user.clone(), args.cpus)?;
+pub fn volumes(args: &RunArgs, definition: &Definition) -> Result<Vec<Volume>> {
+    match &definition.changes.mounts {
+        None => Ok(args.folder.volume.clone()),
+        Some(list) => list.iter().map(volume).collect(),
+    }
+}
+
+/// These, and what else of the host's files the machine has.
+pub fn folders(
+    args: &RunArgs,
+    mut volumes: Vec<Volume>,
+    host: Option<&HostRoot>,
+) -> Result<Folders> {
+    let writable = host.into_iter().flat_map(HostRoot::writable);
+    volumes.extend(writable.map(Volume::at_its_own_path));
+    let folders = Folders::new(volumes, resolve::user(args, host), args.cpus)?;
+    if let Some(host) = host {
+        let root = Root::of_host(host).context("the host's root cannot be the machine's")?;
+        return Ok(folders.with_root(root));
+    }
     Ok(match Rootfs::of(args) {
         Rootfs::Directory { path, writable } => {
             let root = Root::directory(&path, writable)
                 .with_context(|| format!("{} cannot be a root filesystem", path.display()))?;
             folders.with_root(root)
         }
-        Rootfs::BuiltIn | Rootfs::Image { .. } => folders,
+        Rootfs::Host | Rootfs::BuiltIn | Rootfs::Image { .. } => folders,
     })
 }
 

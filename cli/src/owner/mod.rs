@@ -27,6 +27,7 @@ use crate::descriptors;
 use crate::event::{self, Event};
 use crate::folder::Folders;
 use crate::forward::{Forwarder, proxy::Proxy};
+use crate::host_root::HostRoot;
 use crate::instance::{Instance, Plan};
 use crate::record::{self, Stream};
 use crate::session::Output;
@@ -53,6 +54,8 @@ pub struct Owned {
     instance: Instance,
     forwarder: Forwarder,
     folders: Arc<Folders>,
+    /// What it has of the host's root, where that is its own.
+    host_root: Option<HostRoot>,
     proxy: Option<Proxy>,
     events: Sender<Event>,
     /// None once the machine is nobody's any more.
@@ -134,7 +137,12 @@ fn make(
     let made = || -> Result<Made> {
         // What is in the way of a port or a folder shows before anything is booted.
         let definition = claim.definition()?;
-        let folders = declare::folders(&args, &definition)?;
+        let volumes = declare::volumes(&args, &definition)?;
+        let host_root = HostRoot::of(&args, &volumes)?;
+        if let Some(note) = host_root.as_ref().and_then(HostRoot::unshared) {
+            eprintln!("mvm: {note}");
+        }
+        let folders = declare::folders(&args, volumes, host_root.as_ref())?;
         let declared = declare::declarations(&args, &definition)?;
         let chosen = declare::without_host_port(&declared);
         let forwarder = Forwarder::new(declared, |announcement| {
@@ -159,6 +167,7 @@ fn make(
             instance,
             forwarder,
             folders,
+            host_root,
             proxy,
             ended: Latch::new()?,
         })
@@ -173,6 +182,7 @@ fn make(
             instance: made.instance,
             forwarder: made.forwarder,
             folders: Arc::new(made.folders),
+            host_root: made.host_root,
             proxy: made.proxy,
             events: events.clone(),
             claim: Mutex::new(Some(claim)),
@@ -189,6 +199,7 @@ struct Made {
     instance: Instance,
     forwarder: Forwarder,
     folders: Folders,
+    host_root: Option<HostRoot>,
     proxy: Option<Proxy>,
     ended: Latch,
 }

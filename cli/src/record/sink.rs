@@ -4,6 +4,8 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
@@ -11,6 +13,10 @@ use rustix::io::Errno;
 use super::cursor::{Cursor, Found};
 use super::{FILES, HEADER, Header, Set, Stream};
 use crate::lock;
+
+/// How long another process may take to let go of the log, and how often that is looked at.
+const PATIENCE: Duration = Duration::from_secs(5);
+const POLL: Duration = Duration::from_millis(10);
 
 /// Where records are written.
 ///
@@ -162,15 +168,20 @@ impl Sink {
     }
 }
 
-/// Locks `file` for as long as it is open.
+/// Locks `file` for as long as it is open. Whoever has it can only be about to let it go: the owner of the
+/// machine before this one, on its way out, or somebody who looks whether it is locked.
 fn lock(file: &File) -> io::Result<()> {
-    match lock::attempt(file)? {
-        true => Ok(()),
-        false => Err(io::Error::new(
-            io::ErrorKind::ResourceBusy,
-            "another process writes to the log",
-        )),
+    let deadline = Instant::now() + PATIENCE;
+    while !lock::attempt(file)? {
+        if Instant::now() > deadline {
+            return Err(io::Error::new(
+                io::ErrorKind::ResourceBusy,
+                "another process writes to the log",
+            ));
+        }
+        thread::sleep(POLL);
     }
+    Ok(())
 }
 
 /// The records of `records` that fit into `room` bytes, and the rest.

@@ -104,13 +104,31 @@ fn the_outer_linux_is_started_once_and_stopped() {
         copy.outer().is_null(),
         "an outer Linux runs before any was started"
     );
-    let first = copy.mvm(&["run", "--boot-timeout", "170s", "--", "echo", "first"]);
+    let first = copy.mvm(&[
+        "run",
+        "--rootfs",
+        "none",
+        "--boot-timeout",
+        "170s",
+        "--",
+        "echo",
+        "first",
+    ]);
     first
         .expect_code(0)
         .expect_stdout("first\n")
         .expect_in_stderr("slow");
     let (supervisor, qemu) = (copy.supervisor(), copy.qemu());
-    let second = copy.mvm(&["run", "--boot-timeout", "170s", "--", "echo", "second"]);
+    let second = copy.mvm(&[
+        "run",
+        "--rootfs",
+        "none",
+        "--boot-timeout",
+        "170s",
+        "--",
+        "echo",
+        "second",
+    ]);
     second
         .expect_code(0)
         .expect_stdout("second\n")

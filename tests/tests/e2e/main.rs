@@ -12,6 +12,7 @@ mod doctor;
 mod exec;
 mod folders;
 mod guest_failures;
+mod host_root;
 mod kernels;
 mod logs;
 mod net;
