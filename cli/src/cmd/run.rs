@@ -44,6 +44,7 @@ fn show_host_root(args: &RunArgs) -> Result<ExitCode> {
     let user = resolve::user(args, Some(&root)).unwrap_or_default();
     let workdir = args.workdir.as_deref().map(Path::new);
     let workdir = workdir.unwrap_or(&root.caller().cwd);
-    explain::print(&root, &user, workdir, args.root.format)?;
+    let command = explain::Command { user, workdir };
+    explain::print(&root, &args.folder.volume, &command, args.root.format)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -108,6 +108,7 @@ impl Volume {
             uid: None,
             gid: None,
             cache: Cache::default(),
+            locking: Locking::default(),
         }
     }
 

@@ -6,6 +6,7 @@ use share::Readers;
 
 use super::{Access, Exposed, HostRoot};
 use crate::args::Format;
+use crate::folder::spec::Volume;
 use crate::table::{self, Table};
 
 /// All of it, for programs.
@@ -28,12 +29,35 @@ struct Path {
     why: String,
 }
 
-/// Prints what `root` comes to, for a command that runs as `user` in `workdir`.
-pub fn print(root: &HostRoot, user: &str, workdir: &std::path::Path, format: Format) -> Result<()> {
+/// The machine's command.
+#[derive(Debug)]
+pub struct Command<'a> {
+    /// Who it runs as.
+    pub user: String,
+    /// Where it runs.
+    pub workdir: &'a std::path::Path,
+}
+
+/// Prints what `root` comes to, and with it the folders that are shared besides.
+pub fn print(
+    root: &HostRoot,
+    volumes: &[Volume],
+    command: &Command<'_>,
+    format: Format,
+) -> Result<()> {
+    let volumes = volumes.iter().map(|volume| Path {
+        path: volume.host.to_string_lossy().into_owned(),
+        access: if volume.read_only {
+            "read-all"
+        } else {
+            "write"
+        },
+        why: format!("--volume, at {} in the guest", volume.guest.display()),
+    });
     let explanation = Explanation {
-        user: user.to_owned(),
-        workdir: workdir.to_string_lossy().into_owned(),
-        paths: root.exposed().iter().map(path).collect(),
+        user: command.user.clone(),
+        workdir: command.workdir.to_string_lossy().into_owned(),
+        paths: root.exposed().iter().map(path).chain(volumes).collect(),
         notes: root.notes().map(str::to_owned).collect(),
     };
     match format {

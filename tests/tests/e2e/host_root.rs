@@ -205,7 +205,8 @@ fn what_would_be_there_is_listed_without_a_machine() {
             .env("PATH", home.search_path());
         Running::start(command, Vec::new()).wait()
     };
-    let output = explain(&["--format", "json", "--host-path", "../data"]);
+    let volume = format!("{}:/elsewhere", home.path("out").display());
+    let output = explain(&["--format", "json", "--host-path", "../data", "-v", &volume]);
     output.expect_code(0).expect_stderr("");
     let listed: Value = serde_json::from_slice(&output.stdout).unwrap();
     let access = |path: &Path| {
@@ -222,6 +223,7 @@ fn what_would_be_there_is_listed_without_a_machine() {
         (PathBuf::from("/etc/shadow"), "hidden"),
         (home.path("project"), "write"),
         (home.path("data"), "read-all"),
+        (home.path("out"), "write"),
         (home.path(".cargo"), "read-own"),
         (home.path(".cargo/credentials.toml"), "hidden"),
         (home.path(".ssh"), ""),
