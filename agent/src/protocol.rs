@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 pub use self::mount::{
     AFTER_REPLIES, ChangeKind, FromMount, HostChange, MAX_MOUNT_QUEUES, Mount, MountPoint,
-    MountStream, Mounted, ToMount,
+    MountStream, Mounted, NewDirectory, ToMount,
 };
 
 /// Changes with every change of a message.
@@ -115,17 +115,6 @@ pub enum Open {
         /// What it carries.
         kind: MountStream,
     },
-}
-
-/// A directory that is to be there.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct NewDirectory {
-    /// Absolute. What is missing above it is made too, for everybody to enter, and is root's.
-    pub path: Vec<u8>,
-    /// Permissions that it gets where it is made.
-    pub mode: u32,
-    /// Whose it is where it is made.
-    pub owner: UserIds,
 }
 
 /// Who somebody is in the guest, or one sentence that says why that is nobody.

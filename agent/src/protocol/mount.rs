@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::UserIds;
+
 /// A folder, or a single file, that the host serves.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mount {
@@ -124,4 +126,15 @@ pub enum ChangeKind {
     },
     /// More was done than could be told: anything may be different.
     Overflow,
+}
+
+/// A directory that is to be there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewDirectory {
+    /// Absolute. What is missing above it is made too, for everybody to enter, and is root's.
+    pub path: Vec<u8>,
+    /// Permissions that it gets where it is made.
+    pub mode: u32,
+    /// Whose it is where it is made.
+    pub owner: UserIds,
 }

@@ -97,7 +97,7 @@ impl<'a> Gathering<'a> {
     }
 
     /// The path from the caller's home on, where it is in there.
-    fn from_home<'p>(&self, path: &'p Path) -> Option<&'p Path> {
+    fn in_home<'p>(&self, path: &'p Path) -> Option<&'p Path> {
         let typed = path.strip_prefix(&self.caller.home);
         typed.or_else(|_| path.strip_prefix(&self.home)).ok()
     }

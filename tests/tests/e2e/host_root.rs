@@ -132,7 +132,7 @@ fn what_is_nobodys_business_is_not_there_for_the_guests_root_either() {
     let output = script(
         home.guest("project").option("-u", "root"),
         "cd ..; HOME=$PWD; tool; ls -A | sort; ls -A .cargo .cargo/deep | sort
-         for path in /etc/shadow /etc/gshadow /etc/machine-id /etc/ssl/private /root/.ssh /srv /mnt /boot \\
+         for path in /etc/shadow /etc/gshadow /etc/machine-id /etc/ssl/private /root /srv /mnt /boot \\
              .ssh .ssh/id_rsa .cargo/credentials.toml .cargo/innocent .cargo/deep/.netrc data project/link; do
              if cat $path 2>/dev/null || ls $path 2>/dev/null; then echo $path is there; fi
          done
