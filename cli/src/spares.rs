@@ -50,13 +50,7 @@ impl Spares {
     /// Makes `stream` one with a connection that was sent `head` and is sent `prelude` next, as
     /// [`VsockHandle::join`] does.
     pub fn join(&self, prelude: Vec<u8>, stream: OwnedFd) -> io::Result<()> {
-        let spare = {
-            let mut stock = lock(&self.stock);
-            // The guest may have closed some.
-            stock.ready.retain(Reserved::is_open);
-            stock.ready.pop()
-        };
-        match spare {
+        match self.spare() {
             Some(spare) => self.vsock.join_reserved(spare, prelude, stream)?,
             None => {
                 let bytes = [self.head.as_slice(), &prelude].concat();
@@ -64,6 +58,17 @@ impl Spares {
             }
         }
         self.restock()
+    }
+
+    /// One that the guest has not closed.
+    fn spare(&self) -> Option<Reserved> {
+        let mut stock = lock(&self.stock);
+        while let Some(spare) = stock.ready.pop() {
+            if spare.is_open() {
+                return Some(spare);
+            }
+        }
+        None
     }
 
     /// Has more made where there are few.
