@@ -5,6 +5,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 
+use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
 use tests::host::{self, eventually};
@@ -236,7 +237,9 @@ fn changes_on_the_host_are_seen_and_heard_in_the_guest() {
     watching.expect_stdout("CLOSE_WRITE /project/own\n");
     on_host(&dir, "echo end > end");
     watching.expect_stdout("CREATE /project/end\n");
-    drop(watching);
+    watching.signal(Signal::TERM);
+    let heard = watching.wait().text();
+    assert_eq!(heard.matches("CREATE /project/own\n").count(), 1, "{heard}");
     assert_eq!(read(&dir, "src/own"), "guest\n");
     on_host(
         &dir,
