@@ -147,6 +147,41 @@ fn forty_thousand_small_files_are_unpacked_and_removed() {
     assert_eq!(fs::read_dir(&mounted.at).unwrap().count(), 0);
 }
 
+#[test]
+fn cargo_builds_and_builds_again_what_was_changed() {
+    for mounted in every_cache() {
+        let at = &mounted.at;
+        fs::create_dir(at.join("src")).unwrap();
+        fs::write(
+            at.join("Cargo.toml"),
+            "[package]\nname = \"small\"\nversion = \"0.1.0\"\nedition = \"2021\"\n[workspace]\n",
+        )
+        .unwrap();
+        fs::write(
+            at.join("build.rs"),
+            "fn main() { println!(\"cargo:rustc-env=MADE=built\"); }",
+        )
+        .unwrap();
+        for said in ["one", "two"] {
+            let main = format!("fn main() {{ println!(\"{{}} {said}\", env!(\"MADE\")); }}");
+            fs::write(at.join("src/main.rs"), main).unwrap();
+            let output = Command::new(env!("CARGO"))
+                .args(["run", "--quiet", "--offline", "--target-dir", "target"])
+                .current_dir(at)
+                .env_remove("CARGO_TARGET_DIR")
+                .env_remove("RUSTFLAGS")
+                .output()
+                .unwrap();
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(
+                output.stdout,
+                format!("built {said}\n").as_bytes(),
+                "{stderr}"
+            );
+        }
+    }
+}
+
 const MMAP: &str = "
 import mmap, os, sys
 path = sys.argv[1]

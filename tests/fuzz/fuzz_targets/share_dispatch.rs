@@ -9,7 +9,7 @@ use std::path::Path;
 use libfuzzer_sys::fuzz_target;
 use rustix::fs::{CWD, FileType, Mode};
 use share::wire::{IN_HEADER_LEN, Opcode};
-use share::{Answer, Limits, Options, Readers, Reply, Share, View, dispatch};
+use share::{Answer, Limits, Locking, Options, Readers, Reply, Share, View, again, dispatch};
 use tempfile::TempDir;
 
 /// What lies beside the share, and is not to change.
@@ -89,12 +89,20 @@ fuzz_target!(|data: &[u8]| {
         ..Options::default()
     };
     in_a_view(dir.path(), options, data);
+    let locking = match data.first() {
+        Some(byte) if byte % 2 == 1 => Locking::Host,
+        _ => Locking::Guest,
+    };
+    let options = Options { locking, ..options };
     let share = Share::open(&shared, options).expect("a share");
     let mut reply = Reply::with_capacity(4096);
     // As it comes, then as requests.
     let _ = dispatch(&share, data, &mut reply);
     for request in requests(data) {
-        let (answer, bytes) = dispatch(&share, &request, &mut reply);
+        let (mut answer, mut bytes) = dispatch(&share, &request, &mut reply);
+        if answer == Answer::Later {
+            (answer, bytes) = again(&share, &request, &mut reply);
+        }
         if answer == Answer::Reply {
             let length = bytes
                 .first_chunk()
