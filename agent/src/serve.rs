@@ -144,9 +144,7 @@ fn serve(machine: &Machine, connection: Connection, open: Open) -> io::Result<()
         }
         Open::Identify { user } => protocol::send(&connection, &identify(machine, &user)),
         // The reactor's own, which it hands to nobody.
-        Open::Dial(_) | Open::Attach { .. } | Open::Forward | Open::Datagrams => {
-            Ok(())
-        }
+        Open::Dial(_) | Open::Attach { .. } | Open::Forward | Open::Datagrams => Ok(()),
         Open::Pack(request) => copy::pack(machine, &connection, request),
         Open::Unpack(request) => copy::unpack(machine, &connection, &request),
         Open::Mount(request) => match machine.folders.enter(MAX_MOUNTS) {
