@@ -672,7 +672,7 @@ fn the_messages_in_the_documentation_are_messages() {
         let read = read.unwrap_or_else(|error| fail(error, line));
         assert_eq!(read_as_shown(&read, &shown), shown, "{line}");
     }
-    assert_eq!(ops.len(), 16, "{ops:?}");
+    assert_eq!(ops.len(), 19, "{ops:?}");
     assert!(replies > ops.len());
 }
 
