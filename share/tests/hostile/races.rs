@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -169,6 +169,8 @@ fn a_file_that_is_swapped_for_a_link_or_a_fifo_is_neither_followed_nor_waited_fo
     let outside = tempfile::tempdir().unwrap();
     let secret = outside.path().join("secret");
     fs::write(&secret, "outside").unwrap();
+    // Other tests of this process change its umask.
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o644)).unwrap();
     for with_fifo in [false, true] {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("swap")).unwrap();
@@ -207,7 +209,6 @@ fn a_file_that_is_swapped_for_a_link_or_a_fifo_is_neither_followed_nor_waited_fo
             }
         });
         assert_eq!(fs::read_to_string(&secret).unwrap(), "outside");
-        use std::os::unix::fs::PermissionsExt;
         assert_eq!(
             fs::metadata(&secret).unwrap().permissions().mode() & 0o777,
             0o644

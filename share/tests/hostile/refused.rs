@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 use std::fs;
-use std::os::unix::fs::{MetadataExt, symlink};
+use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
 use rustix::io::Errno;
 use share::wire::{self, Opcode, ROOT_ID};
@@ -114,6 +114,8 @@ fn changes(file: u64, fh: u64) -> Vec<(Opcode, u64, Vec<u8>)> {
 fn furnish(dir: &tempfile::TempDir) {
     let file = dir.path().join("file");
     fs::write(&file, "content").unwrap();
+    // Other tests of this process change its umask.
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
     rustix::fs::setxattr(&file, c"user.mine", b"x", rustix::fs::XattrFlags::empty()).unwrap();
     fs::create_dir(dir.path().join("empty")).unwrap();
 }
