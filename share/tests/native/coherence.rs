@@ -104,6 +104,8 @@ fn what_happens_in_a_directory_that_the_guest_only_knows_is_told_too() {
     };
     mounted.on_host("mkdir -p seen/below");
     assert!(mounted.at.join("seen/below").is_dir());
+    // The root may have been watched before there was anything in it.
+    mounted.events_until_quiet();
     // What the guest knows is watched a moment later.
     let mut names = Vec::new();
     while names.is_empty() {
@@ -211,6 +213,8 @@ fn what_the_host_does_is_told_in_order_and_what_the_guest_does_is_not() {
     };
     mounted.on_host("mkdir -p a/b");
     assert!(!mounted.at.join("a/b/nothing").exists());
+    // The root may have been watched before there was anything in it.
+    mounted.events_until_quiet();
     fs::write(mounted.at.join("a/b/guests"), "data").unwrap();
     fs::rename(
         mounted.at.join("a/b/guests"),
