@@ -89,7 +89,7 @@ pub struct Instance {
 #[derive(Debug)]
 enum Place {
     Here(Arc<Machine>),
-    Outer(Outer),
+    Outer(Box<Outer>),
 }
 
 impl Instance {
@@ -120,7 +120,7 @@ impl Instance {
     ) -> Result<Self> {
         let (outer, up) = Outer::start(plan, reason, tap, events)?;
         Ok(Self {
-            place: Place::Outer(outer),
+            place: Place::Outer(Box::new(outer)),
             set_up: up.set_up,
             writes: up.writes,
         })

@@ -133,7 +133,7 @@ fn make(
     claim: Claim,
     console: Console,
     events: &Sender<Event>,
-) -> Result<Arc<Owned>, (Claim, anyhow::Error)> {
+) -> Result<Arc<Owned>, (Box<Claim>, anyhow::Error)> {
     let made = || -> Result<Made> {
         // What is in the way of a port or a folder shows before anything is booted.
         let definition = claim.definition()?;
@@ -173,7 +173,7 @@ fn make(
         })
     };
     match made() {
-        Err(error) => Err((claim, error)),
+        Err(error) => Err((Box::new(claim), error)),
         Ok(made) => Ok(Arc::new(Owned {
             args,
             name: claim.name().clone(),
