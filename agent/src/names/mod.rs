@@ -35,12 +35,21 @@ pub fn is_localhost(name: &str) -> bool {
     name == "localhost" || name.ends_with(".localhost")
 }
 
+/// Whether there is no such name by definition (RFC 6761), whatever a server says.
+fn is_invalid(name: &str) -> bool {
+    let name = name.strip_suffix('.').unwrap_or(name).to_ascii_lowercase();
+    name == "invalid" || name.ends_with(".invalid")
+}
+
 /// All addresses of `name`, those first that this machine has a way to; not empty.
 ///
 /// Returns by `deadline`, more or less: a question that is under way is not begun again.
 pub fn lookup(files: &Files, name: &str, deadline: Instant) -> Result<Vec<IpAddr>, DialError> {
     let mut addresses = in_hosts(&files.hosts, name);
     if addresses.is_empty() {
+        if is_invalid(name) {
+            return Err(DialError::NoSuchHost);
+        }
         addresses = Configuration::parse(&files.resolv_conf).ask(name, deadline)?;
     }
     addresses.truncate(MAX_ADDRESSES);
@@ -261,8 +270,20 @@ mod tests {
     fn where_no_server_is_named_and_none_answers_there_is_no_such_host() {
         let files = Files::default();
         let deadline = Instant::now() + Duration::from_secs(2);
-        let answer = lookup(&files, "no.such.name.invalid", deadline);
+        let answer = lookup(&files, "no.such.name.example", deadline);
         assert_eq!(answer, Err(DialError::NoSuchHost));
+    }
+
+    #[test]
+    fn there_is_no_invalid_host_and_no_server_is_asked() {
+        let files = Files {
+            resolv_conf: "nameserver 192.0.2.1".to_owned(),
+            ..Files::default()
+        };
+        for name in ["invalid", "no-such-host.INVALID."] {
+            let answer = lookup(&files, name, Instant::now());
+            assert_eq!(answer, Err(DialError::NoSuchHost), "{name}");
+        }
     }
 
     #[test]

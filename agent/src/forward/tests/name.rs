@@ -233,6 +233,6 @@ fn a_root_without_any_files_of_names_knows_no_name() {
     let directory = tempfile::tempdir().unwrap();
     let root = Tree::below(directory.path().to_str().unwrap()).unwrap();
     let soon = Instant::now() + Duration::from_millis(500);
-    let answer = names::lookup(&root, "no.such.name.invalid", soon);
+    let answer = names::lookup(&root, "no.such.name.example", soon);
     assert_eq!(answer, Err(DialError::NoSuchHost));
 }
