@@ -186,12 +186,13 @@ fn a_host_that_is_not_found_is_told_and_disturbs_nobody() {
         .option("-R", "6000:no-such-host.invalid:80")
         .option("-R", format!("6001:127.0.0.1:{nobody}"));
     let machine = machines.idle(guest);
-    for port in [6000, 6001] {
-        machine
-            .exec(&format!("echo hello | nc 127.0.0.1 {port}"))
-            .expect_stdout("");
-    }
     let told = host::eventually("both failures are told", || {
+        // The guest's ports are opened while its command begins.
+        for port in [6000, 6001] {
+            machine
+                .exec(&format!("echo hello | nc 127.0.0.1 {port}"))
+                .expect_stdout("");
+        }
         let told = machine.mvm("logs", &[]).errors();
         (told.contains("no-such-host.invalid:80") && told.contains(&format!(":{nobody}")))
             .then_some(told)

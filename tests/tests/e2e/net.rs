@@ -29,7 +29,7 @@ fn a_tap_carries_pings_and_100_mb_both_ways() {
          mkfifo {silence} || exit 100; \
          {busybox} nc -l -p 9000 <{sent} >/dev/null & down=$!; \
          {busybox} nc -l -p 9001 <>{silence} | sha256sum >{received} & up=$!; \
-         {mvm} run --boot-timeout 170s --memory 1G --net tap=mvmtap -- sh -c \"$GUEST\"; code=$?; \
+         {mvm} run --rootfs none --boot-timeout 170s --memory 1G --net tap=mvmtap -- sh -c \"$GUEST\"; code=$?; \
          kill $down 2>/dev/null; [ $code = 0 ] && wait $up; exit $code",
         busybox = image::busybox().display(),
         silence = dir.path().join("silence").display(),
