@@ -110,7 +110,7 @@ fn what_was_synced_is_there_when_the_machine_is_killed() {
             "sh",
             "-c",
             "mkdir /project/dir; n=0; while :; do
-                seq $n 20000 | dd of=/project/dir/$n conv=fsync 2>/dev/null
+                seq $n 20000 | dd of=/project/dir/$n bs=64k conv=fsync 2>/dev/null
                 echo $n; n=$((n + 1))
             done",
         ]);
