@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
@@ -62,6 +63,14 @@ impl Claim {
     /// Listens at the machine's control socket, in the place of one that a killed owner left.
     pub fn bind(&self) -> Result<UnixListener> {
         let path = self.store.socket(&self.name);
+        // Locks are those of one directory of state, and this one may serve several.
+        if socket::connect(&path, Duration::ZERO).is_ok() {
+            bail!(
+                "another machine named {} answers at {}: it was started with another XDG_STATE_HOME",
+                self.name,
+                path.display()
+            );
+        }
         file::remove(&path)?;
         socket::bind(&path).with_context(|| format!("cannot listen at {}", path.display()))
     }

@@ -393,8 +393,7 @@ impl Store {
                 tracing::warn!("{error:#}");
             }
         }
-        let left = [&self.owners, &self.runtime].map(|dir| paths_in(dir));
-        for path in left.into_iter().flatten() {
+        for path in paths_in(&self.owners) {
             let stem = path.file_stem().and_then(OsStr::to_str);
             let Some(name) = stem.and_then(|stem| stem.parse::<Name>().ok()) else {
                 continue;

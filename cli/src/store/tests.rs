@@ -97,6 +97,20 @@ fn whose_a_machine_is_does_not_depend_on_the_runtime_directory() {
 }
 
 #[test]
+fn a_runtime_directory_may_serve_several_states() {
+    let (base, store) = store();
+    let other = Store::at(&base.path().join("other"), &base.path().join("run")).unwrap();
+    let claim = make(&store, "a");
+    claim.started().unwrap();
+    let _listener = claim.bind().unwrap();
+    assert_eq!(other.list().unwrap().len(), 0);
+    let same = make(&other, "a");
+    let error = same.bind().unwrap_err();
+    assert!(format!("{error:#}").contains("XDG_STATE_HOME"), "{error:#}");
+    store.connect(&name("a"), Duration::ZERO).unwrap();
+}
+
+#[test]
 fn a_machine_stands_as_its_owner_left_it() {
     let (_base, store) = store();
     let claim = make(&store, "a");
@@ -307,12 +321,8 @@ fn leftovers_of_a_crash_are_no_machines_and_go_away() {
     fs::create_dir(store.state.join(".gone-old.17")).unwrap();
     fs::write(store.state.join(".gone-old.17/machine.json"), "{").unwrap();
     fs::create_dir(store.state.join(".new-fresh.17")).unwrap();
-    for extension in ["lock", "json", "sock"] {
-        let dir = match extension {
-            "sock" => &store.runtime,
-            _ => &store.owners,
-        };
-        fs::write(dir.join(format!("ghost.{extension}")), "").unwrap();
+    for extension in ["lock", "json"] {
+        fs::write(store.owners.join(format!("ghost.{extension}")), "").unwrap();
     }
     assert_eq!(store.names().unwrap(), []);
     let claim = make(&store, "a");
