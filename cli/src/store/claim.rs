@@ -5,14 +5,12 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 use super::definition::{Bytes, Definition, Ending, VERSION};
 use super::file::{self, Durability};
-use super::{DEFINITION, ENDING, Name, Owner, Store, socket};
-use crate::lock::Lock;
+use super::{DEFINITION, ENDING, Locks, Name, Owner, Store, socket};
 
 /// A machine that belongs to this process until this is dropped.
 ///
@@ -23,7 +21,7 @@ pub struct Claim {
     pub(super) store: Store,
     pub(super) name: Name,
     /// The last field, as it is given back last.
-    pub(super) _lock: Lock,
+    pub(super) _locks: Locks,
 }
 
 impl Claim {
@@ -63,14 +61,6 @@ impl Claim {
     /// Listens at the machine's control socket, in the place of one that a killed owner left.
     pub fn bind(&self) -> Result<UnixListener> {
         let path = self.store.socket(&self.name);
-        // Locks are those of one directory of state, and this one may serve several.
-        if socket::connect(&path, Duration::ZERO).is_ok() {
-            bail!(
-                "another machine named {} answers at {}: it was started with another XDG_STATE_HOME",
-                self.name,
-                path.display()
-            );
-        }
         file::remove(&path)?;
         socket::bind(&path).with_context(|| format!("cannot listen at {}", path.display()))
     }
@@ -83,7 +73,7 @@ impl Claim {
         if *to == self.name {
             return Ok(());
         }
-        let Some(lock) = self.store.lock(to)? else {
+        let Some(locks) = self.store.lock(to)? else {
             bail!("there is a machine named {to} already, which is running");
         };
         let dir = self.store.dir(to);
@@ -107,7 +97,7 @@ impl Claim {
         }
         self.store.clean_up(&before);
         // Last: nobody takes the old name while there is anything of this machine at it.
-        self._lock = lock;
+        self._locks = locks;
         Ok(())
     }
 

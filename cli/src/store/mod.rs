@@ -7,10 +7,11 @@
 //! | `STATE/machines/NAME/log`, `console`, … | [`crate::record`] | its owner |
 //! | `STATE/owners/NAME.lock` | locked for as long as somebody owns the machine | its owner |
 //! | `STATE/owners/NAME.json` | [`Owner`] | its owner |
+//! | `RUNTIME/machines/NAME.lock` | locked for as long as `NAME.sock` belongs to somebody | its owner |
 //! | `RUNTIME/machines/NAME.sock` | [`crate::control`] | its owner |
 //!
 //! RUNTIME may be another one for a job without a session, and vanishes when its user logs out: whose a machine is
-//! does not depend on it.
+//! does not depend on it. It may as well serve several STATEs, whose machines are not to have one socket.
 //!
 //! A machine is there when its directory is, which appears and vanishes whole, by rename. Whether it runs is
 //! never read from a file: the lock tells, which the kernel gives back when the owner dies.
@@ -102,6 +103,15 @@ pub enum Standing {
     Ended(Ending),
     /// Its owner was killed, or the host went down under it.
     Killed,
+}
+
+/// What the owner of a machine holds.
+#[derive(Debug)]
+struct Locks {
+    /// The name of its control socket.
+    _socket: Lock,
+    /// The machine; given back last.
+    _machine: Lock,
 }
 
 /// A machine of a list.
@@ -249,7 +259,7 @@ impl Store {
 
     /// None where there is one of this name.
     fn make(&self, name: &Name, definition: &Definition) -> Result<Option<Claim>> {
-        let Some(lock) = self.lock(name)? else {
+        let Some(locks) = self.lock(name)? else {
             bail!("a machine named {name} is running: stop it, or take another --name");
         };
         let staging = self.partial(STAGING, name);
@@ -276,20 +286,20 @@ impl Store {
         Ok(done?.then(|| Claim {
             store: self.clone(),
             name: name.clone(),
-            _lock: lock,
+            _locks: locks,
         }))
     }
 
     /// Takes possession of a machine that exists and that nobody owns.
     pub fn claim(&self, name: &Name) -> Result<Claim> {
         self.check_exists(name)?;
-        let Some(lock) = self.lock(name)? else {
+        let Some(locks) = self.lock(name)? else {
             bail!("machine {name} is running: stop it first, with `mvm stop {name}`");
         };
         let claim = Claim {
             store: self.clone(),
             name: name.clone(),
-            _lock: lock,
+            _locks: locks,
         };
         // It may have been removed or renamed until it was locked.
         self.check_exists(name)?;
@@ -297,8 +307,20 @@ impl Store {
     }
 
     /// None where another process owns a machine of this name.
-    fn lock(&self, name: &Name) -> Result<Option<Lock>> {
-        Lock::attempt(&self.lock_file(name))
+    fn lock(&self, name: &Name) -> Result<Option<Locks>> {
+        let Some(machine) = Lock::attempt(&self.lock_file(name))? else {
+            return Ok(None);
+        };
+        let socket = Lock::attempt(&self.runtime.join(lock_name(name)))?.with_context(|| {
+            format!(
+                "a machine named {name} runs that was started with another XDG_STATE_HOME: take \
+                 another --name"
+            )
+        })?;
+        Ok(Some(Locks {
+            _socket: socket,
+            _machine: machine,
+        }))
     }
 
     /// Connects to the control socket of a machine's owner.
@@ -325,14 +347,14 @@ impl Store {
     }
 
     fn lock_file(&self, name: &Name) -> PathBuf {
-        self.owners.join(format!("{name}.lock"))
+        self.owners.join(lock_name(name))
     }
 
     fn owner_file(&self, name: &Name) -> String {
         format!("{name}.json")
     }
 
-    /// Removes what an owner leaves besides its lock. To be called with the lock held.
+    /// Removes what an owner leaves besides its locks. To be called with the locks held.
     fn clean_up(&self, name: &Name) {
         for path in [self.socket(name), self.owners.join(self.owner_file(name))] {
             if let Err(error) = file::remove(&path) {
@@ -393,7 +415,8 @@ impl Store {
                 tracing::warn!("{error:#}");
             }
         }
-        for path in paths_in(&self.owners) {
+        let left = [&self.owners, &self.runtime].map(|dir| paths_in(dir));
+        for path in left.into_iter().flatten() {
             let stem = path.file_stem().and_then(OsStr::to_str);
             let Some(name) = stem.and_then(|stem| stem.parse::<Name>().ok()) else {
                 continue;
@@ -401,14 +424,18 @@ impl Store {
             if self.exists(&name) || self.is_owned(&name) {
                 continue;
             }
-            // It takes the lock, so that nobody makes such a machine meanwhile, and takes it away.
-            if let Ok(Some(_lock)) = Lock::attempt(&self.lock_file(&name))
+            // It takes the locks, so that nobody makes such a machine meanwhile, and takes them away.
+            if let Ok(Some(_locks)) = self.lock(&name)
                 && !self.exists(&name)
             {
                 self.clean_up(&name);
             }
         }
     }
+}
+
+fn lock_name(name: &Name) -> String {
+    format!("{name}.lock")
 }
 
 /// What is in `dir`, as far as it can be read.

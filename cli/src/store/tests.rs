@@ -104,8 +104,7 @@ fn a_runtime_directory_may_serve_several_states() {
     claim.started().unwrap();
     let _listener = claim.bind().unwrap();
     assert_eq!(other.list().unwrap().len(), 0);
-    let same = make(&other, "a");
-    let error = same.bind().unwrap_err();
+    let error = other.create(Some(&name("a")), &definition()).unwrap_err();
     assert!(format!("{error:#}").contains("XDG_STATE_HOME"), "{error:#}");
     store.connect(&name("a"), Duration::ZERO).unwrap();
 }
@@ -321,8 +320,14 @@ fn leftovers_of_a_crash_are_no_machines_and_go_away() {
     fs::create_dir(store.state.join(".gone-old.17")).unwrap();
     fs::write(store.state.join(".gone-old.17/machine.json"), "{").unwrap();
     fs::create_dir(store.state.join(".new-fresh.17")).unwrap();
-    for extension in ["lock", "json"] {
-        fs::write(store.owners.join(format!("ghost.{extension}")), "").unwrap();
+    let (owners, runtime) = (&store.owners, &store.runtime);
+    for (dir, extension) in [
+        (owners, "lock"),
+        (owners, "json"),
+        (runtime, "lock"),
+        (runtime, "sock"),
+    ] {
+        fs::write(dir.join(format!("ghost.{extension}")), "").unwrap();
     }
     assert_eq!(store.names().unwrap(), []);
     let claim = make(&store, "a");
