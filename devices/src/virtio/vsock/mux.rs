@@ -135,6 +135,11 @@ impl Mux {
         Ok((mux, handle))
     }
 
+    /// What the device has done so far.
+    pub(super) fn counters(&self) -> &Arc<Counters> {
+        &self.counters
+    }
+
     /// Moves everything that can be moved now, and calls `notify` for each queue whose driver
     /// wants to know.
     ///

@@ -2,6 +2,8 @@
 
 use std::thread;
 
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
 use super::*;
 
 #[test]
@@ -182,4 +184,24 @@ fn data_arrives_whole_whatever_the_sizes_of_packets_writes_and_reads() {
     writing.join().unwrap();
     assert!(received == down, "to the guest");
     assert!(reading.join().unwrap() == up, "to the host");
+}
+
+#[test]
+fn what_nobody_answers_is_told_as_taken_in_a_while() {
+    let mut guest = Guest::idle(VsockConfig::new(CID));
+    // With it, the driver would say for each queue from when on it wants to know.
+    guest.driver.start(!(1 << VIRTIO_RING_F_EVENT_IDX));
+    guest.post_all();
+    let stream = guest.connect_to_host(1024, 50_000);
+    guest.settle();
+    let line = guest.driver.interrupt().clone();
+    for _ in 0..3 {
+        guest.send_data(1024, 50_000, b"ping");
+        assert_eq!(read(&stream, 4), b"ping");
+        let deadline = Instant::now() + PATIENCE;
+        while line.line().read().is_err() {
+            assert!(Instant::now() < deadline, "no interrupt");
+            thread::yield_now();
+        }
+    }
 }
