@@ -20,4 +20,10 @@ pub trait Channel: Send + Sync {
     /// Where it cannot be sent. A reply to a request that was interrupted, and a notification of
     /// what the guest does not know, may be refused without the connection being broken.
     fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()>;
+
+    /// Whether the other end answers `FUSE_RELEASE` and `FUSE_RELEASEDIR` itself, which have no outcome that
+    /// somebody could look at: no reply to them is sent then.
+    fn answers_releases(&self) -> bool {
+        false
+    }
 }

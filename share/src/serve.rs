@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use crate::channel::Channel;
 use crate::dispatch::{Answer, again, dispatch, give_up};
-use crate::message::Reply;
+use crate::message::{Args, Reply};
 use crate::passthrough::{MAX_TRANSFER, Share};
+use crate::wire::Opcode;
 
 /// Room for what a message holds besides a file's data: headers, and two names.
 const OVERHEAD: usize = 4096;
@@ -57,6 +58,7 @@ fn attend(
         let _telling = share.telling(message);
         let (answer, bytes) = dispatch(share, message, &mut reply);
         match answer {
+            Answer::Reply if channel.answers_releases() && is_release(message) => {}
             Answer::Reply => send(channel, bytes)?,
             Answer::Later => {
                 if let Err(error) = later(message) {
@@ -67,6 +69,12 @@ fn attend(
             Answer::Silence => {}
         }
     }
+}
+
+/// Whether it closes a file or a directory.
+fn is_release(message: &[u8]) -> bool {
+    let opcode = Args::parse(message).map(|(header, _)| Opcode::from_number(header.opcode));
+    matches!(opcode, Ok(Some(Opcode::Release | Opcode::Releasedir)))
 }
 
 fn send(channel: &dyn Channel, bytes: &[u8]) -> io::Result<()> {

@@ -11,6 +11,7 @@ mod device;
 mod ending;
 mod handle;
 mod order;
+mod outbox;
 mod point;
 mod pump;
 mod redo;
@@ -38,6 +39,7 @@ use rustix::mount::UnmountFlags;
 use self::attach::{Attached, Filesystem, Place, Refusal};
 use self::ending::{Ending, Why};
 use self::order::Replies;
+use self::outbox::{Alarm, Outbox};
 use self::point::Point;
 use self::replay::Replayer;
 use crate::connection::Connection;
@@ -84,6 +86,8 @@ struct Carrying {
     ending: Arc<Ending>,
     streams: Vec<Arc<Connection>>,
     replies: Arc<Replies>,
+    outboxes: Vec<Arc<Outbox>>,
+    alarm: Arc<Alarm>,
     pumps: Vec<JoinHandle<()>>,
 }
 
@@ -281,17 +285,31 @@ impl Carrying {
             streams: streams.values().cloned().collect(),
             device,
             replies: Arc::new(Replies::new(request.queues)),
+            outboxes: Vec::new(),
+            alarm: Arc::default(),
             pumps: Vec::new(),
         };
-        for (kind, stream) in streams {
-            if let Err(error) = carrying.start_pumps(kind, stream) {
+        match carrying.start_all(streams) {
+            Ok(()) => Ok(carrying),
+            Err(error) => {
                 carrying.end();
-                return Err(format!(
+                Err(format!(
                     "no thread can be started for the shared folder: {error}"
-                ));
+                ))
             }
         }
-        Ok(carrying)
+    }
+
+    fn start_all(
+        &mut self,
+        streams: impl IntoIterator<Item = (MountStream, Arc<Connection>)>,
+    ) -> io::Result<()> {
+        for (kind, stream) in streams {
+            self.start_pumps(kind, stream)?;
+        }
+        let (alarm, outboxes) = (Arc::clone(&self.alarm), self.outboxes.clone());
+        self.pumps.push(pump::start_releases(alarm, outboxes)?);
+        Ok(())
     }
 
     fn start_pumps(&mut self, kind: MountStream, stream: Arc<Connection>) -> io::Result<()> {
@@ -311,9 +329,11 @@ impl Carrying {
         let counted = move || given.count(queue);
         let replies =
             pump::start_replies(Arc::clone(&stream), Arc::clone(&own), counted, ending())?;
-        let requests = pump::start_requests(own, stream, ending());
         self.pumps.push(replies);
-        self.pumps.push(requests?);
+        let outbox = Arc::new(Outbox::new(stream, Arc::clone(&self.alarm)));
+        let requests = pump::start_requests(own, Arc::clone(&outbox), ending())?;
+        self.pumps.push(requests);
+        self.outboxes.push(outbox);
         Ok(())
     }
 
@@ -321,6 +341,7 @@ impl Carrying {
     fn end(self) {
         self.ending.abort();
         self.replies.end();
+        self.alarm.end();
         for stream in &self.streams {
             stream.hang_up();
         }

@@ -1,10 +1,10 @@
 //! Carrying FUSE messages between the kernel and the host, one thread a direction of each queue.
 //!
 //! A message is two system calls on its way: it is read whole and written whole, with nothing looked at
-//! but its length, and nothing allocated. Both threads of a queue block in the kernel, where exactly one
+//! but its length and whether it closes a file, and nothing allocated. Both threads of a queue block in the kernel, where exactly one
 //! of those that wait for requests is woken for each.
 
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -15,6 +15,7 @@ use rustix::net::{RecvFlags, recv};
 
 use super::ending::{Ending, Why};
 use super::order::{self, Replies};
+use super::outbox::{self, Alarm, Outbox};
 use super::tune;
 use crate::connection::Connection;
 
@@ -42,7 +43,7 @@ const STACK: usize = 64 << 10;
 /// Starts the thread that carries the kernel's requests to the host.
 pub fn start_requests(
     from: Arc<OwnedFd>,
-    to: Arc<Connection>,
+    to: Arc<Outbox>,
     ending: Arc<Ending>,
 ) -> io::Result<JoinHandle<()>> {
     start("fuse-requests", move || {
@@ -113,8 +114,13 @@ fn start(name: &str, pump: impl FnOnce() + Send + 'static) -> io::Result<JoinHan
         .spawn(pump)
 }
 
+/// Starts the thread that sends what the outboxes hold back.
+pub fn start_releases(alarm: Arc<Alarm>, outboxes: Vec<Arc<Outbox>>) -> io::Result<JoinHandle<()>> {
+    start("fuse-releases", move || alarm.attend(&outboxes))
+}
+
 /// Returns why there are no more.
-fn carry_requests(from: &OwnedFd, to: &Connection) -> Why {
+fn carry_requests(from: &OwnedFd, to: &Outbox) -> Why {
     let mut buffer = vec![0u8; MAX_MESSAGE];
     loop {
         let length = match rustix::io::read(from, &mut *buffer) {
@@ -125,7 +131,18 @@ fn carry_requests(from: &OwnedFd, to: &Connection) -> Why {
             Err(errno) => return Why::Failed(format!("{errno} from the kernel's FUSE")),
         };
         let request = buffer.get(..length).unwrap_or_default();
-        if let Err(error) = (&mut &*to).write_all(request) {
+        let sent = match outbox::reply_to(request) {
+            None => to.send(request),
+            Some(reply) => {
+                // Refused only where the mount has ended, which the next read says too.
+                let _ = rustix::io::write(from, &reply);
+                match outbox::can_wait(request) {
+                    true => to.hold(request),
+                    false => to.send(request),
+                }
+            }
+        };
+        if let Err(error) = sent {
             return Why::Failed(format!("the host takes no requests any more: {error}"));
         }
     }

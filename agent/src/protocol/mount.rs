@@ -37,7 +37,8 @@ pub enum MountPoint {
 /// One of a mount's connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum MountStream {
-    /// Requests to the host and their replies: a queue of the guest's kernel of its own.
+    /// Requests to the host and their replies: a queue of the guest's kernel of its own. The agent answers
+    /// `FUSE_RELEASE` and `FUSE_RELEASEDIR` itself, so the host sends no reply to these.
     Requests {
         /// Which one, from 0 up to [`Mount::queues`].
         queue: u32,

@@ -125,6 +125,10 @@ impl Channel for Queue {
         self.replies.fetch_add(1, Ordering::Release);
         Ok(())
     }
+
+    fn answers_releases(&self) -> bool {
+        true
+    }
 }
 
 impl Input {

@@ -2,8 +2,9 @@
 
 use std::ffi::{CStr, CString, OsString};
 use std::io::{self, IoSlice};
-
 use std::sync::atomic::Ordering;
+use std::thread;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -20,6 +21,8 @@ use crate::wire::{NotifyCode, NotifyInvalEntryOut, NotifyInvalInodeOut, init};
 
 /// How much is read of the kernel's queue at a time, bytes.
 const BUFFER: usize = 64 << 10;
+/// For how long nobody looks again after events of the guest's own work, which come one by one as it goes on.
+const OWN_WORK: Duration = Duration::from_millis(5);
 /// Names are looked up again when they are used next, instead of being dropped with all below them:
 /// of [`NotifyInvalEntryOut::flags`].
 const EXPIRE_ONLY: u32 = 1 << 0;
@@ -49,12 +52,13 @@ pub fn watch(
             return Ok(());
         }
         notifier.watch_wanted(watcher);
-        let raised = watcher.group.read(&mut buffer)?;
-        let news: Vec<_> = raised
-            .into_iter()
-            .filter(|event| notifier.is_news(watcher, event))
-            .collect();
+        let mut news = watcher.group.read(&mut buffer)?;
+        let is_own_work = !news.is_empty();
+        news.retain(|event| notifier.is_news(watcher, event));
         if news.is_empty() {
+            if is_own_work {
+                thread::sleep(OWN_WORK);
+            }
             continue;
         }
         watcher.all_told();

@@ -55,6 +55,10 @@ impl Channel for Queue {
         let parts: Vec<&[u8]> = parts.iter().map(|part| &**part).collect();
         self.to.lock().unwrap().write_all(&parts.concat())
     }
+
+    fn answers_releases(&self) -> bool {
+        true
+    }
 }
 
 /// What a host asks for.

@@ -12,6 +12,7 @@
 
 pub(super) mod asking;
 mod budget;
+mod deadlines;
 mod from_guest;
 mod reserved;
 pub(super) mod table;
@@ -21,7 +22,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, mpsc};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use virtio_queue::Queue;
 use vm_memory::GuestMemoryMmap;
@@ -37,7 +38,7 @@ use self::to_guest::RxEnd;
 use super::connection::{Connection, State};
 use super::counters::Counters;
 use super::handle::{Command, Completion, ConnectError, Fallback, Join, Service, VsockHandle};
-use super::stream::{HostStream, WATCHED};
+use super::stream::{HostStream, WATCHED, WATCHED_FOR_ROOM};
 use super::{HOST_CID, VsockConfig, linger};
 
 /// The most resets that wait for receive buffers before the guest's packets wait too.
@@ -45,9 +46,6 @@ pub(super) const MAX_RESETS: usize = 1024;
 
 /// The first port for the host's end of connections that it opens.
 const FIRST_HOST_PORT: u32 = 1 << 30;
-
-/// How often deadlines are looked at while there are any.
-const TICK: Duration = Duration::from_secs(1);
 
 /// Times that a turn goes over both rings before it lets the event loop look at other things.
 const ROUNDS: usize = 4;
@@ -338,8 +336,25 @@ impl Mux {
         Some(index)
     }
 
+    /// Has the thread woken when a stream that is full takes more.
+    fn watch_for_room(&mut self, index: usize) {
+        let token = self.table.token(index);
+        let Some(connection) = self.table.get_mut(index) else {
+            return;
+        };
+        if !connection.stream.begins_to_wait_for_room() {
+            return;
+        }
+        let fd = connection.stream.as_raw_fd();
+        let event = EpollEvent::new(WATCHED_FOR_ROOM, token);
+        if let Err(error) = self.epoll.ctl(ControlOperation::Modify, fd, event) {
+            tracing::warn!("a vsock host stream that is full cannot be watched: {error}");
+        }
+    }
+
     /// Puts a connection into the queue of those with something to send, if it has.
     fn schedule(&mut self, index: usize) {
+        self.watch_for_room(index);
         let runnable = self
             .table
             .get_mut(index)
@@ -351,13 +366,14 @@ impl Mux {
 
     /// Ends a connection as the guest sees it. Bytes that the guest had sent still go to the host.
     fn close(&mut self, index: usize) {
-        self.answered(index);
         let Some(connection) = self.table.get_mut(index) else {
             return;
         };
         let key = connection.key;
         if connection.linger() {
             self.table.forget_key(key, index);
+            self.watch_for_room(index);
+            self.answered(index);
         } else {
             self.remove(index);
         }
@@ -394,64 +410,6 @@ impl Mux {
         self.promised -= u64::from(connection.credit.buf_alloc() - BUF_ALLOC_MIN);
         Counters::set(&self.counters.connections, self.table.len() as u64);
         Some(connection)
-    }
-
-    /// Gives the guest until then to answer.
-    fn set_deadline(&mut self, index: usize) {
-        let Some(connection) = self.table.get_mut(index) else {
-            return;
-        };
-        let timeout = match connection.state {
-            State::Connecting(_) => self.connect_timeout,
-            _ => self.close_timeout,
-        };
-        connection.deadline = Some(Instant::now() + timeout);
-        self.run_timer();
-    }
-
-    fn run_timer(&mut self) {
-        if !self.timer_runs {
-            match self.timer.reset(TICK, Some(TICK)) {
-                Ok(()) => self.timer_runs = true,
-                Err(error) => tracing::warn!("the vsock timer cannot be set: {error}"),
-            }
-        }
-    }
-
-    fn tick(&mut self) {
-        let _ = self.timer.wait();
-        let now = Instant::now();
-        let mut waiting = false;
-        let mut expired = Vec::new();
-        for (index, connection) in self.table.iter_mut() {
-            match connection.deadline {
-                Some(deadline) if deadline <= now && !self.asking.is_patient(connection, now) => {
-                    expired.push(index);
-                }
-                Some(_) => waiting = true,
-                None => {}
-            }
-        }
-        for index in expired {
-            self.expire(index);
-        }
-        if !waiting && self.timer.clear().is_ok() {
-            self.timer_runs = false;
-        }
-    }
-
-    fn expire(&mut self, index: usize) {
-        let Some(connection) = self.table.get_mut(index) else {
-            return;
-        };
-        if let State::Connecting(_) = connection.state
-            && let State::Connecting(completion) =
-                std::mem::replace(&mut connection.state, State::Lingering)
-        {
-            Counters::add(&self.counters.refused, 1);
-            completion.complete(Err(ConnectError::TimedOut));
-        }
-        self.abort(index);
     }
 
     fn reset_header(&self, reset: Reset) -> super::packet::Header {

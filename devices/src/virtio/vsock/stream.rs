@@ -24,10 +24,13 @@ const EMPTY: libc::iovec = libc::iovec {
 
 /// What a stream is watched for, once: each is told when it comes true, and not again.
 pub(super) const WATCHED: EventSet = EventSet::IN
-    .union(EventSet::OUT)
     .union(EventSet::READ_HANG_UP)
     .union(EventSet::PRIORITY)
     .union(EventSet::EDGE_TRIGGERED);
+
+/// What one is watched for from when it was full for the first time. Before, whatever its reader takes would
+/// wake up this thread.
+pub(super) const WATCHED_FOR_ROOM: EventSet = WATCHED.union(EventSet::OUT);
 
 /// A stream socket (TCP, Unix or AF_VSOCK) and what is known about its readiness.
 #[derive(Debug)]
@@ -41,9 +44,10 @@ pub(super) struct HostStream {
     pub writable: bool,
     /// The far end is closed in both directions, or broken. What it had sent may be unread.
     pub hung_up: bool,
+    /// Whether it is [`WATCHED_FOR_ROOM`].
+    watched_for_room: bool,
     /// A read that gives less than there was room for has emptied the socket, and the next event
-    /// tells of more. Not so for Unix sockets (messages with descriptors end a read), where TCP
-    /// has urgent data, and at the end of the stream, which has to be read too.
+    /// tells of more. Not so where there is urgent data, and at the end of the stream, which has to be read too.
     short_read_empties: bool,
     /// Closing the socket resets it, until the guest has ended in order.
     resets: bool,
@@ -92,7 +96,8 @@ impl HostStream {
             readable: true,
             writable: true,
             hung_up: false,
-            short_read_empties: family != AddressFamily::UNIX,
+            watched_for_room: false,
+            short_read_empties: true,
             resets: false,
             family,
         })
@@ -143,6 +148,11 @@ impl HostStream {
                 .is_err_and(|error| error != rustix::io::Errno::AGAIN)
     }
 
+    /// Whether the stream is full and has to be [`WATCHED_FOR_ROOM`] from now on; says so once.
+    pub fn begins_to_wait_for_room(&mut self) -> bool {
+        !self.writable && !std::mem::replace(&mut self.watched_for_room, true)
+    }
+
     /// Reads into guest memory. `WouldBlock` and `Interrupted` are told apart by the caller;
     /// 0 is the end of the stream, unless `into` has no room.
     pub fn read(&mut self, into: &GuestIoVec<'_>) -> io::Result<usize> {
@@ -160,7 +170,12 @@ impl HostStream {
             unsafe { libc::recvmsg(self.socket.as_raw_fd(), &mut message, libc::MSG_DONTWAIT) }
         });
         let emptied = match &result {
-            Ok(bytes) => self.short_read_empties && (1..into.len()).contains(bytes),
+            // On Unix sockets, a message with descriptors ends a read too.
+            Ok(bytes) => {
+                self.short_read_empties
+                    && message.msg_flags & libc::MSG_CTRUNC == 0
+                    && (1..into.len()).contains(bytes)
+            }
             Err(error) => error.kind() == ErrorKind::WouldBlock,
         };
         if emptied {
@@ -215,7 +230,11 @@ impl HostStream {
                 )
             }
         });
-        if matches!(&result, Err(error) if error.kind() == ErrorKind::WouldBlock) {
+        let is_full = match &result {
+            Ok(bytes) => *bytes < from.iter().map(|piece| piece.iov_len).sum(),
+            Err(error) => error.kind() == ErrorKind::WouldBlock,
+        };
+        if is_full {
             self.writable = false;
         }
         result

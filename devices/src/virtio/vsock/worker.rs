@@ -19,7 +19,7 @@ const RX_QUEUE: usize = 0;
 const TX_QUEUE: usize = 1;
 
 /// How long the driver may be left without news of packets that were taken from it.
-const TX_NEWS_AFTER: Duration = Duration::from_millis(2);
+const TX_NEWS_AFTER: Duration = Duration::from_millis(10);
 
 /// How many packets are taken without telling the driver: few enough that its queue has room left.
 const TX_NEWS_PACKETS: u64 = 32;

@@ -1,0 +1,281 @@
+//! The way of a queue's requests to the host, on which closed files wait for company.
+//!
+//! Nobody waits for a file to be closed on the host, so the kernel has its reply at once. Where the file was only
+//! read, the request goes with the next one, or in a while: a packet and a wake-up for each are saved. One that was
+//! written to is closed without delay, as nobody on the host can execute it before.
+
+use std::io::{self, IoSlice, Write};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use crate::connection::Connection;
+
+/// `fuse_in_header.opcode`, and its values `FUSE_RELEASE` and `FUSE_RELEASEDIR`.
+const OPCODE: usize = 4;
+const RELEASES: [u32; 2] = [18, 29];
+
+/// `fuse_in_header.unique`.
+const UNIQUE: usize = 8;
+
+/// The length of `fuse_in_header`, and behind it `fuse_release_in.flags`, those of open(2).
+const HEADER: usize = 40;
+const FLAGS: usize = HEADER + 8;
+const O_ACCMODE: u32 = 0o3;
+
+/// The length of `fuse_out_header`.
+const REPLY: usize = 16;
+
+/// For how long requests are held back.
+const PATIENCE: Duration = Duration::from_millis(20);
+
+/// How many bytes of them are.
+const HELD: usize = 4 << 10;
+
+/// The reply to a request for which nobody has to ask the host; None where it has to be asked.
+pub fn reply_to(request: &[u8]) -> Option<[u8; REPLY]> {
+    let opcode = u32::from_le_bytes(*request.get(OPCODE..)?.first_chunk()?);
+    let unique: &[u8; 8] = request.get(UNIQUE..)?.first_chunk()?;
+    if !RELEASES.contains(&opcode) {
+        return None;
+    }
+    let mut reply = [0; REPLY];
+    // Its length, and no error.
+    reply[0] = REPLY as u8;
+    reply[8..].copy_from_slice(unique);
+    Some(reply)
+}
+
+/// Whether a request that [`reply_to`] answers can wait.
+pub fn can_wait(request: &[u8]) -> bool {
+    let flags = request.get(FLAGS..).and_then(|rest| rest.first_chunk());
+    flags.is_some_and(|flags| u32::from_le_bytes(*flags) & O_ACCMODE == 0)
+}
+
+/// Requests on their way to one connection.
+#[derive(Debug)]
+pub struct Outbox {
+    to: Arc<Connection>,
+    /// What is held back. Locked while something is written, too: messages follow each other whole.
+    held: Mutex<Vec<u8>>,
+    alarm: Arc<Alarm>,
+}
+
+impl Outbox {
+    /// One without requests, which `alarm` is for.
+    pub fn new(to: Arc<Connection>, alarm: Arc<Alarm>) -> Self {
+        Self {
+            to,
+            held: Mutex::default(),
+            alarm,
+        }
+    }
+
+    /// Sends a request, and before it what was held back.
+    pub fn send(&self, request: &[u8]) -> io::Result<()> {
+        let mut held = lock(&self.held);
+        let mut both = [IoSlice::new(&held), IoSlice::new(request)];
+        write_all(&self.to, &mut both)?;
+        held.clear();
+        Ok(())
+    }
+
+    /// Sends a request soon.
+    pub fn hold(&self, request: &[u8]) -> io::Result<()> {
+        let mut held = lock(&self.held);
+        held.extend_from_slice(request);
+        match held.len() {
+            ..HELD => {
+                self.alarm.set();
+                Ok(())
+            }
+            _ => self.flush_locked(&mut held),
+        }
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.flush_locked(&mut lock(&self.held))
+    }
+
+    fn flush_locked(&self, held: &mut Vec<u8>) -> io::Result<()> {
+        (&*self.to).write_all(held)?;
+        held.clear();
+        Ok(())
+    }
+}
+
+/// Writes all of the parts, most often with a single system call.
+fn write_all(mut to: &Connection, mut parts: &mut [IoSlice<'_>]) -> io::Result<()> {
+    IoSlice::advance_slices(&mut parts, 0);
+    while !parts.is_empty() {
+        match to.write_vectored(parts) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut parts, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Tells a mount's thread that something is held back.
+#[derive(Debug, Default)]
+pub struct Alarm {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum State {
+    #[default]
+    Idle,
+    /// Something is held back.
+    Set,
+    /// There will be nothing more.
+    Ended,
+}
+
+impl Alarm {
+    fn set(&self) {
+        let mut state = lock(&self.state);
+        if *state == State::Idle {
+            *state = State::Set;
+            self.changed.notify_one();
+        }
+    }
+
+    /// Ends whoever waits for it.
+    pub fn end(&self) {
+        *lock(&self.state) = State::Ended;
+        self.changed.notify_one();
+    }
+
+    /// Waits until something is held back; false where there will be nothing more.
+    fn wait(&self) -> bool {
+        let is_idle = |state: &mut State| *state == State::Idle;
+        let waited = self.changed.wait_while(lock(&self.state), is_idle);
+        *waited.unwrap_or_else(PoisonError::into_inner) == State::Set
+    }
+
+    /// What is held back from now on is to be told anew; false where there will be nothing more.
+    fn rearm(&self) -> bool {
+        let mut state = lock(&self.state);
+        let was = *state;
+        if was == State::Set {
+            *state = State::Idle;
+        }
+        was != State::Ended
+    }
+
+    /// Sends what is held back in time, until the end.
+    pub fn attend(&self, outboxes: &[Arc<Outbox>]) {
+        while self.wait() {
+            thread::sleep(PATIENCE);
+            if !self.rearm() {
+                return;
+            }
+            for outbox in outboxes {
+                // Where the connection is broken, whoever reads from it ends the mount.
+                let _ = outbox.flush();
+            }
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn request(opcode: u32, unique: u64) -> Vec<u8> {
+        let mut request = vec![0; 40];
+        request[0] = 40;
+        request[OPCODE..OPCODE + 4].copy_from_slice(&opcode.to_le_bytes());
+        request[UNIQUE..UNIQUE + 8].copy_from_slice(&unique.to_le_bytes());
+        request
+    }
+
+    fn outbox() -> (Arc<Outbox>, Arc<Alarm>, UnixStream) {
+        let (ours, host) = UnixStream::pair().unwrap();
+        host.set_read_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
+        let alarm = Arc::new(Alarm::default());
+        let outbox = Outbox::new(Arc::new(Connection::new(ours)), Arc::clone(&alarm));
+        (Arc::new(outbox), alarm, host)
+    }
+
+    fn received(mut host: &UnixStream, count: usize) -> Vec<u64> {
+        let mut bytes = vec![0; 40 * count];
+        host.read_exact(&mut bytes).unwrap();
+        let (requests, _) = bytes.as_chunks::<40>();
+        let unique =
+            |request: &[u8; 40]| u64::from_le_bytes(*request[UNIQUE..].first_chunk().unwrap());
+        requests.iter().map(unique).collect()
+    }
+
+    #[test]
+    fn only_what_closes_something_has_a_reply_here() {
+        let reply = reply_to(&request(18, 0x0102_0304_0506)).unwrap();
+        assert_eq!(reply, [16, 0, 0, 0, 0, 0, 0, 0, 6, 5, 4, 3, 2, 1, 0, 0]);
+        assert!(reply_to(&request(29, 1)).is_some());
+        assert!(reply_to(&request(14, 1)).is_none());
+        assert!(reply_to(&[18; 15]).is_none());
+    }
+
+    #[test]
+    fn what_was_written_to_is_closed_at_once() {
+        let mut release = request(18, 1);
+        release.extend([0; 24]);
+        for (flags, waits) in [
+            (0, true),
+            (1, false),
+            (2, false),
+            (0x8000, true),
+            (0x8001, false),
+        ] {
+            release[FLAGS..FLAGS + 4].copy_from_slice(&u32::to_le_bytes(flags));
+            assert_eq!(can_wait(&release), waits, "{flags:x}");
+        }
+        assert!(!can_wait(&request(18, 1)));
+    }
+
+    #[test]
+    fn what_was_held_back_goes_before_the_next_request() {
+        let (outbox, _, host) = outbox();
+        outbox.hold(&request(18, 1)).unwrap();
+        outbox.hold(&request(18, 2)).unwrap();
+        outbox.send(&request(1, 3)).unwrap();
+        outbox.send(&request(1, 4)).unwrap();
+        assert_eq!(received(&host, 4), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn little_is_held_back() {
+        let (outbox, _, host) = outbox();
+        for unique in 0..HELD as u64 / 40 + 1 {
+            outbox.hold(&request(18, unique)).unwrap();
+        }
+        assert_eq!(received(&host, 100).last(), Some(&99));
+    }
+
+    #[test]
+    fn what_is_held_back_goes_by_itself_in_a_while_until_the_end() {
+        let (outbox, alarm, host) = outbox();
+        let outboxes = [Arc::clone(&outbox)];
+        thread::scope(|scope| {
+            let thread = scope.spawn(|| alarm.attend(&outboxes));
+            for unique in 0..3 {
+                outbox.hold(&request(18, unique)).unwrap();
+                assert_eq!(received(&host, 1), [unique]);
+            }
+            alarm.end();
+            thread.join().unwrap();
+        });
+    }
+}
