@@ -7,3 +7,4 @@ pub mod archive;
 pub mod guest;
 pub mod names;
 pub mod protocol;
+pub mod sock_diag;

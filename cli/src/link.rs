@@ -77,7 +77,7 @@ impl AgentLink {
     /// The agent of the guest behind `link`.
     pub fn new(link: Link) -> Self {
         let spares = match &link {
-            Link::Machine(vsock) => Some(Spares::new(vsock.clone(), AGENT_PORT, Vec::new())),
+            Link::Machine(vsock) => Some(Spares::new(vsock.clone(), AGENT_PORT)),
             _ => None,
         };
         Self { link, spares }
@@ -164,8 +164,7 @@ impl Relayed {
 
     /// As [`Link::join`] to the agent, by a connection that was made in advance where there is one.
     fn join_agent(&self, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
-        self.joiner
-            .join_spare(self.ports.agent, &[], prelude, stream)
+        self.joiner.join_spare(self.ports.agent, prelude, stream)
     }
 
     /// Makes `stream` one with the connection that the guest has asked for under this number.

@@ -33,6 +33,7 @@ mod supervise;
 mod survey;
 mod table;
 mod terminal;
+mod threads;
 mod timing;
 mod uds;
 

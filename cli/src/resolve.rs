@@ -119,6 +119,9 @@ fn mac_address() -> Result<[u8; 6]> {
     Ok(mac)
 }
 
+/// Modules for the disks that a machine without one as its root may be given, as far as the kernel has them.
+const OF_DISKS: [&str; 4] = ["ext4", "squashfs", "erofs", "overlay"];
+
 /// What the guest's agent is told, and the initial RAM disk that tells it.
 pub fn initramfs(args: &RunArgs, kernel: &Kernel, root: &Root, cache: &Cache) -> Result<Vec<u8>> {
     let mut required = guest::MACHINE_MODULES.to_vec();
@@ -149,10 +152,10 @@ pub fn initramfs(args: &RunArgs, kernel: &Kernel, root: &Root, cache: &Cache) ->
             if *overlay {
                 required.push("overlay");
             }
-            optional.extend(["ext4", "squashfs", "erofs", "overlay"]);
+            optional.extend(OF_DISKS);
         }
         _ => {
-            optional.extend(["ext4", "squashfs", "erofs", "overlay"]);
+            optional.extend(OF_DISKS);
             files.push((
                 "/bin/busybox",
                 0o755,

@@ -8,7 +8,6 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, OnceLock};
-use std::thread;
 use std::time::Instant;
 
 use agent::protocol::{self, AGENT_PORT, Exec, Open, StreamKind, ToSession, WindowSize};
@@ -17,6 +16,7 @@ use crate::copy;
 use crate::event::Event;
 use crate::link::Link;
 use crate::record::{self, Stream};
+use crate::threads::spawn;
 
 /// Where a command's output goes.
 #[derive(Debug, Clone)]
@@ -184,11 +184,6 @@ impl Session {
 /// A number that no other session of a guest will have: it ties streams to their session.
 pub fn fresh_id() -> u64 {
     RandomState::new().hash_one((std::process::id(), Instant::now()))
-}
-
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    thread::Builder::new().name(name.into()).spawn(body)?;
-    Ok(())
 }
 
 fn read_replies(mut control: UnixStream, events: &Sender<Event>) {

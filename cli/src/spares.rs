@@ -19,8 +19,6 @@ const FEW: usize = 8;
 pub struct Spares {
     vsock: VsockHandle,
     port: u32,
-    /// What the guest is sent in advance.
-    head: Vec<u8>,
     stock: Arc<Mutex<Stock>>,
 }
 
@@ -32,30 +30,25 @@ struct Stock {
 }
 
 impl Spares {
-    /// Connections to `port`, which are sent `head` as soon as they are there.
-    pub fn new(vsock: VsockHandle, port: u32, head: Vec<u8>) -> Self {
+    /// Connections to `port`.
+    pub fn new(vsock: VsockHandle, port: u32) -> Self {
         Self {
             vsock,
             port,
-            head,
             stock: Arc::default(),
         }
     }
 
-    /// Whether these are connections to `port` that begin with `head`.
-    pub fn are(&self, port: u32, head: &[u8]) -> bool {
-        self.port == port && self.head == head
+    /// Whether these are connections to `port`.
+    pub fn are(&self, port: u32) -> bool {
+        self.port == port
     }
 
-    /// Makes `stream` one with a connection that was sent `head` and is sent `prelude` next, as
-    /// [`VsockHandle::join`] does.
+    /// Makes `stream` one with a connection that is sent `prelude` first, as [`VsockHandle::join`] does.
     pub fn join(&self, prelude: Vec<u8>, stream: OwnedFd) -> io::Result<()> {
         match self.spare() {
             Some(spare) => self.vsock.join_reserved(spare, prelude, stream)?,
-            None => {
-                let bytes = [self.head.as_slice(), &prelude].concat();
-                self.vsock.join(self.port, bytes, stream)?;
-            }
+            None => self.vsock.join(self.port, prelude, stream)?,
         }
         self.restock()
     }
@@ -90,7 +83,7 @@ impl Spares {
                 stock.coming = stock.coming.saturating_sub(1);
                 stock.ready.extend(Result::ok(made));
             };
-            self.vsock.reserve(self.port, self.head.clone(), made)?;
+            self.vsock.reserve(self.port, Vec::new(), made)?;
         }
         Ok(())
     }

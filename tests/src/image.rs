@@ -52,7 +52,7 @@ impl Filesystem {
     }
 
     /// Packs `tree` into the new file `image`.
-    fn pack(self, tree: &Path, image: &Path, ext4_size: &str) {
+    pub fn pack(self, tree: &Path, image: &Path, ext4_size: &str) {
         let mut command;
         match self {
             Self::Ext4 => {
@@ -245,7 +245,7 @@ fn plant_busybox(tree: &Path) {
 }
 
 /// The file or directory `name`, made by `recipe` where it is not there yet.
-pub(crate) fn made(name: &str, recipe: impl FnOnce(&Path)) -> PathBuf {
+pub fn made(name: &str, recipe: impl FnOnce(&Path)) -> PathBuf {
     let dir = images_dir();
     let path = dir.join(name);
     if path.exists() {
@@ -284,7 +284,7 @@ fn operand(name: &str, path: &Path) -> std::ffi::OsString {
 }
 
 /// The release of Debian that the host is of, or the newest one that the tests know.
-fn debian_suite() -> String {
+pub fn debian_suite() -> String {
     let release = fs::read_to_string("/etc/os-release").unwrap_or_default();
     let value = |name| release.lines().find_map(|line| line.strip_prefix(name));
     match (value("ID="), value("VERSION_CODENAME=")) {

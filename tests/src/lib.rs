@@ -10,6 +10,7 @@
 //!
 //! The binary is the one that MVM_TEST_BINARY names, else the workspace's release build.
 
+pub mod document;
 pub mod guest;
 pub mod host;
 pub mod image;

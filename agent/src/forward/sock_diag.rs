@@ -5,34 +5,14 @@ use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::OwnedFd;
-use std::time::Duration;
 
 use agent::protocol::Listener;
+use agent::sock_diag::{self, LISTEN, messages};
 use rustix::io::Errno;
-use rustix::net::netlink::{self, SocketAddrNetlink};
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
-use rustix::net::{bind, recv, sendto, socket_with};
+use rustix::net::{AddressFamily, RecvFlags, SocketFlags, recv};
 
-/// `NLMSG_ERROR`, `NLMSG_DONE`, `SOCK_DIAG_BY_FAMILY`.
-const ERROR: u16 = 2;
-const DONE: u16 = 3;
-const BY_FAMILY: u16 = 20;
-/// `NLM_F_REQUEST | NLM_F_DUMP`.
-const DUMP: u16 = 0x301;
 /// `SKNLGRP_INET_TCP_DESTROY` and `SKNLGRP_INET6_TCP_DESTROY` as a set.
 const DESTROYED: u32 = 1 | 1 << 2;
-/// The state of a TCP socket that listens.
-const LISTEN: u32 = 10;
-
-const NETLINK_HEADER: usize = 16;
-/// `struct inet_diag_msg`.
-const DIAG_MESSAGE: usize = 72;
-/// The kernel sends no longer datagrams in a dump than what it is given room for, up to this.
-const BUFFER: usize = 32 << 10;
-
-/// The kernel answers at once; this only keeps a surprise from becoming a hang.
-const TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A listening socket, and the inode by which its owner knows it.
 pub type Entry = (Listener, u64);
@@ -49,12 +29,12 @@ pub enum Source {
 impl Source {
     /// The best source that this kernel has.
     pub fn new() -> Self {
-        let socket = netlink(SocketFlags::CLOEXEC, 0);
-        let asked = socket.map_err(io::Error::from).and_then(|socket| {
-            set_socket_timeout(&socket, Timeout::Recv, Some(TIMEOUT))?;
-            dump(&socket, AddressFamily::INET, &mut Vec::new())?;
-            Ok(socket)
-        });
+        let asked = sock_diag::open(SocketFlags::empty(), 0)
+            .map_err(io::Error::from)
+            .and_then(|socket| {
+                sock_diag::list(&socket, AddressFamily::INET, LISTEN)?;
+                Ok(socket)
+            });
         asked.map_or(Self::Proc, Self::Netlink)
     }
 
@@ -63,8 +43,8 @@ impl Source {
         let mut found = Vec::new();
         match self {
             Self::Netlink(socket) => {
-                dump(socket, AddressFamily::INET, &mut found)?;
-                dump(socket, AddressFamily::INET6, &mut found)?;
+                found.extend(over_netlink(socket, AddressFamily::INET)?);
+                found.extend(over_netlink(socket, AddressFamily::INET6)?);
             }
             Self::Proc => {
                 found.extend(
@@ -84,8 +64,7 @@ impl Source {
 
 /// A non-blocking socket at which the kernel tells of TCP sockets that were destroyed.
 pub fn destroyed() -> io::Result<OwnedFd> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    Ok(netlink(flags, DESTROYED)?)
+    Ok(sock_diag::open(SocketFlags::NONBLOCK, DESTROYED)?)
 }
 
 /// Takes what the kernel told; whether a socket that listened may have been among it.
@@ -112,86 +91,19 @@ fn has_listener(datagram: &[u8]) -> bool {
     ports.any(|port| port == [0, 0])
 }
 
-fn netlink(flags: SocketFlags, groups: u32) -> rustix::io::Result<OwnedFd> {
-    let protocol = Some(netlink::SOCK_DIAG);
-    let socket = socket_with(AddressFamily::NETLINK, SocketType::DGRAM, flags, protocol)?;
-    bind(&socket, &SocketAddrNetlink::new(0, groups))?;
-    Ok(socket)
-}
-
-fn dump(socket: &OwnedFd, family: AddressFamily, found: &mut Vec<Entry>) -> io::Result<()> {
-    let kernel = SocketAddrNetlink::new(0, 0);
-    sendto(socket, &request(family), SendFlags::empty(), &kernel)?;
-    let mut buffer = vec![0; BUFFER];
-    loop {
-        let length = match recv(socket, &mut buffer[..], RecvFlags::empty()) {
-            Ok((_, length)) => length,
-            Err(Errno::INTR) => continue,
-            Err(error) => return Err(error.into()),
+fn over_netlink(
+    socket: &OwnedFd,
+    family: AddressFamily,
+) -> io::Result<impl Iterator<Item = Entry>> {
+    let sockets = sock_diag::list(socket, family, LISTEN)?;
+    Ok(sockets.into_iter().map(|socket| {
+        let listener = Listener {
+            port: socket.local.port(),
+            address: socket.local.ip().to_canonical(),
+            uid: socket.uid,
         };
-        for (kind, body) in messages(buffer.get(..length).unwrap_or_default()) {
-            match kind {
-                BY_FAMILY => found.extend(in_message(body)),
-                // Both carry an error number, which is 0 where there is none.
-                DONE | ERROR => match number(body, 0) {
-                    Some(0) | None => return Ok(()),
-                    Some(error) => {
-                        let error = (error as i32).wrapping_neg();
-                        return Err(io::Error::from_raw_os_error(error));
-                    }
-                },
-                _ => {}
-            }
-        }
-    }
-}
-
-/// Asks for all TCP sockets of `family` that listen.
-fn request(family: AddressFamily) -> Vec<u8> {
-    // `struct inet_diag_req_v2`, whose socket identity stays zero: any.
-    let mut body = vec![0; 56];
-    let family = u8::try_from(family.as_raw()).unwrap_or_default();
-    body.splice(..2, [family, libc::IPPROTO_TCP as u8]);
-    body.splice(4..8, (1u32 << LISTEN).to_ne_bytes());
-    let length = (NETLINK_HEADER + body.len()) as u32;
-    let mut request = Vec::new();
-    request.extend_from_slice(&length.to_ne_bytes());
-    request.extend_from_slice(&BY_FAMILY.to_ne_bytes());
-    request.extend_from_slice(&DUMP.to_ne_bytes());
-    // Its number and our address, which the kernel fills in.
-    request.extend_from_slice(&[0; 8]);
-    request.extend_from_slice(&body);
-    request
-}
-
-/// The messages of a datagram: type and body.
-fn messages(mut datagram: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
-    std::iter::from_fn(move || {
-        let length = number(datagram, 0)? as usize;
-        let kind = u16::from_ne_bytes(*datagram.get(4..)?.first_chunk()?);
-        let body = datagram.get(NETLINK_HEADER..length)?;
-        datagram = datagram
-            .get(length.next_multiple_of(4)..)
-            .unwrap_or_default();
-        Some((kind, body))
-    })
-}
-
-/// Reads a `struct inet_diag_msg`.
-fn in_message(body: &[u8]) -> Option<Entry> {
-    let message = body.get(..DIAG_MESSAGE)?;
-    let source = message.get(8..24)?;
-    let address = match i32::from(*message.first()?) {
-        libc::AF_INET => IpAddr::from(*source.first_chunk::<4>()?),
-        libc::AF_INET6 => IpAddr::from(*source.first_chunk::<16>()?).to_canonical(),
-        _ => return None,
-    };
-    let listener = Listener {
-        port: u16::from_be_bytes(*message.get(4..)?.first_chunk()?),
-        address,
-        uid: number(message, 64)?,
-    };
-    Some((listener, number(message, 68)?.into()))
+        (listener, socket.inode)
+    }))
 }
 
 /// Reads a line of `/proc/net/tcp` or `/proc/net/tcp6`.
@@ -222,15 +134,12 @@ fn in_proc(line: &str) -> Option<Entry> {
     Some((listener, words.get(9)?.parse().ok()?))
 }
 
-fn number(bytes: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_ne_bytes(*bytes.get(at..)?.first_chunk()?))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use std::net::TcpListener;
     use std::os::fd::AsFd;
+    use std::time::Duration;
 
     fn inode(socket: impl AsFd) -> u64 {
         rustix::fs::fstat(socket).unwrap().st_ino
@@ -303,16 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn what_the_kernel_would_never_say_is_passed_over() {
-        assert_eq!(messages(&[]).count(), 0);
-        // A length of less than a header, and one of more than there is.
-        for length in [0u32, 15, 17, u32::MAX] {
-            let mut datagram = length.to_ne_bytes().to_vec();
-            datagram.resize(16, 0);
-            assert_eq!(messages(&datagram).count(), 0, "{length}");
-        }
-        assert_eq!(in_message(&[libc::AF_INET as u8; DIAG_MESSAGE - 1]), None);
-        assert_eq!(in_message(&[0; DIAG_MESSAGE]), None);
+    fn lines_that_are_none_are_passed_over() {
         for line in ["", "  sl  local_address", "0: \u{e4}:1 x 0A 0 0 0 0 0 0"] {
             assert_eq!(in_proc(line), None, "{line}");
         }

@@ -1,10 +1,9 @@
 //! Handing sockets to the supervisor of an outer Linux, which joins them to the guest's vsock ports:
 //! their bytes then pass through no other process of the host.
 //!
-//! A message of this `SOCK_SEQPACKET` socket is a vsock port and a length (u32 each, little endian), what
-//! the guest is to be sent first, and one stream socket (`SCM_RIGHTS`). Where the length is one, so many of
-//! the first bytes are the same for many connections: some are made, and sent these, in advance. Nothing
-//! is answered: where the guest refuses, the socket is reset.
+//! A message of this `SOCK_SEQPACKET` socket is a vsock port and a number (u32 each, little endian), what
+//! the guest is to be sent first, and one stream socket (`SCM_RIGHTS`). The number says whether some connections
+//! to that port are made in advance. Nothing is answered: where the guest refuses, the socket is reset.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -26,8 +25,9 @@ use crate::spares::Spares;
 /// Bytes of each of the two numbers before what is sent first.
 const NUMBER: usize = 4;
 
-/// Stands for a length where nothing is to be made in advance.
-const NO_SPARE: u32 = u32::MAX;
+/// Nothing is to be made in advance, and some connections are.
+const ONE: u32 = 0;
+const WITH_SPARES: u32 = 1;
 
 /// The longest message.
 const MAX_MESSAGE: usize = 2 * NUMBER + MAX_PRELUDE;
@@ -55,30 +55,16 @@ impl Joiner {
     /// Joins `stream` to a connection to vsock port `port` of the outer Linux, which is sent `prelude`
     /// first.
     pub fn join(&self, port: u32, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
-        self.send(port, NO_SPARE, [&[], prelude], stream)
+        self.send(port, ONE, prelude, stream)
     }
 
-    /// Joins `stream` to a connection that is sent `head` and then `prelude`. From now on some connections
-    /// are made, and sent `head`, in advance.
-    pub fn join_spare(
-        &self,
-        port: u32,
-        head: &[u8],
-        prelude: &[u8],
-        stream: OwnedFd,
-    ) -> io::Result<()> {
-        let split = u32::try_from(head.len()).map_err(io::Error::other)?;
-        self.send(port, split, [head, prelude], stream)
+    /// As [`Joiner::join`]; from now on, some connections to `port` are made in advance.
+    pub fn join_spare(&self, port: u32, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
+        self.send(port, WITH_SPARES, prelude, stream)
     }
 
-    fn send(
-        &self,
-        port: u32,
-        split: u32,
-        [head, prelude]: [&[u8]; 2],
-        stream: OwnedFd,
-    ) -> io::Result<()> {
-        if head.len() + prelude.len() > MAX_PRELUDE {
+    fn send(&self, port: u32, how: u32, prelude: &[u8], stream: OwnedFd) -> io::Result<()> {
+        if prelude.len() > MAX_PRELUDE {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -88,8 +74,8 @@ impl Joiner {
         if !ancillary.push(SendAncillaryMessage::ScmRights(&streams)) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let (port, split) = (port.to_le_bytes(), split.to_le_bytes());
-        let message = [&port, &split, head, prelude].map(IoSlice::new);
+        let (port, how) = (port.to_le_bytes(), how.to_le_bytes());
+        let message = [&port, &how, prelude].map(IoSlice::new);
         loop {
             match net::sendmsg(&self.0, &message, &mut ancillary, SendFlags::NOSIGNAL) {
                 Ok(_) => return Ok(()),
@@ -155,33 +141,26 @@ fn serve_client(client: OwnedFd, vsock: VsockHandle) {
     }
 }
 
-/// Does what a client asks for. `spares` are those of the latest head that it named: it has but one.
+/// Does what a client asks for. `spares` are those of the latest port that it wanted some for: it has but one.
 fn join(vsock: &VsockHandle, spares: &mut Option<Spares>, request: Request) -> io::Result<()> {
     let Request {
         port,
-        head,
+        with_spares,
         prelude,
         stream,
     } = request;
-    let Some(head) = head else {
+    if !with_spares {
         return vsock.join(port, prelude, stream);
-    };
-    if !spares
-        .as_ref()
-        .is_some_and(|spares| spares.are(port, &head))
-    {
-        *spares = Some(Spares::new(vsock.clone(), port, head));
     }
-    match spares {
-        Some(spares) => spares.join(prelude, stream),
-        None => Ok(()),
-    }
+    let known = spares.take().filter(|spares| spares.are(port));
+    let known = known.unwrap_or_else(|| Spares::new(vsock.clone(), port));
+    spares.insert(known).join(prelude, stream)
 }
 
 /// A message.
 struct Request {
     port: u32,
-    head: Option<Vec<u8>>,
+    with_spares: bool,
     prelude: Vec<u8>,
     stream: OwnedFd,
 }
@@ -221,17 +200,15 @@ fn receive(client: &OwnedFd) -> io::Result<Option<Request>> {
 
 fn parse(bytes: &[u8], stream: OwnedFd) -> Option<Request> {
     let (port, rest) = bytes.split_first_chunk::<NUMBER>()?;
-    let (split, rest) = rest.split_first_chunk::<NUMBER>()?;
-    let (head, prelude) = match u32::from_le_bytes(*split) {
-        NO_SPARE => (None, rest),
-        split => {
-            let (head, prelude) = rest.split_at_checked(usize::try_from(split).ok()?)?;
-            (Some(head.to_vec()), prelude)
-        }
+    let (how, prelude) = rest.split_first_chunk::<NUMBER>()?;
+    let with_spares = match u32::from_le_bytes(*how) {
+        ONE => false,
+        WITH_SPARES => true,
+        _ => return None,
     };
     Some(Request {
         port: u32::from_le_bytes(*port),
-        head,
+        with_spares,
         prelude: prelude.to_vec(),
         stream,
     })

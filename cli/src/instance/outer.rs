@@ -5,7 +5,6 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::Duration;
 
 use agent::protocol::{self, ExitStatus, FromSession};
@@ -22,6 +21,7 @@ use crate::accel::{client, supervisor};
 use crate::event::Event;
 use crate::link::{Link, Ports, Relayed};
 use crate::session::Streams;
+use crate::threads::spawn;
 use crate::uds::Uds;
 
 /// How long the runner may take to carry out a request: an emulator on a busy machine is slow.
@@ -168,11 +168,6 @@ fn plumbing(streams: &Streams) -> Result<(UnixStream, UnixStream, UnixStream)> {
         bail!("the machine's runner lacks a stream");
     };
     Ok((stdin.try_clone()?, stdout.try_clone()?, stderr.try_clone()?))
-}
-
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    thread::Builder::new().name(name.into()).spawn(body)?;
-    Ok(())
 }
 
 /// What the runner says in its library's warnings is for the user.

@@ -21,6 +21,7 @@ use super::asked::{Question, Waiting};
 use super::wire::{FromRunner, Relay, ToRunner, Up};
 use super::{Keyboard, build, watch_end};
 use crate::args::RunArgs;
+use crate::threads::spawn;
 use crate::{descriptors, link};
 
 /// `VMADDR_PORT_ANY` of linux/vm_sockets.h: the kernel chooses.
@@ -191,11 +192,6 @@ fn listen() -> Result<(VsockListener, u32)> {
         .context("the vsock port for the host has no number")?
         .port();
     Ok((listener, port))
-}
-
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
-    thread::Builder::new().name(name.into()).spawn(body)?;
-    Ok(())
 }
 
 /// Gives connections from the host to `take`, and those of nobody else of the outer Linux.

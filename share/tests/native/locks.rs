@@ -216,12 +216,12 @@ const SQLITE: &str = "
 import random, sqlite3, sys, time
 path, mode, writer, rows = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 def connect():
-    db = sqlite3.connect(path, timeout=0 if mode == 'wal' else 120, isolation_level=None)
+    return sqlite3.connect(path, timeout=0 if mode == 'wal' else 120, isolation_level=None)
+def prepare(db):
     # The index of a write-ahead log is memory that all its users share: across kernels there is none.
     if mode == 'wal': db.execute('pragma locking_mode=exclusive')
     db.execute(f'pragma journal_mode={mode}')
     db.execute('create table if not exists t (writer integer, number integer, total integer)')
-    return db
 def add(db, number):
     db.execute('begin immediate')
     total = db.execute('select count(*) from t').fetchone()[0]
@@ -229,9 +229,10 @@ def add(db, number):
     db.execute('insert into t values (?, ?, ?)', (writer, number, total))
     db.execute('commit')
 def alone(number):
-    db = None
+    # Closed whatever happens: one that is left to the garbage collector goes on to hold its locks.
+    db = connect()
     try:
-        db = connect()
+        prepare(db)
         add(db, number)
         return True
     except sqlite3.OperationalError as error:
@@ -239,12 +240,13 @@ def alone(number):
         assert 'locked' in str(error), error
         return False
     finally:
-        if db: db.close()
+        db.close()
 if mode == 'wal':
     for number in range(rows):
         while not alone(number): time.sleep(random.uniform(0, 0.1))
 else:
     db = connect()
+    prepare(db)
     for number in range(rows): add(db, number)
 ";
 

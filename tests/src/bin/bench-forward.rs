@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 use tests::host::{self, eventually, tool_command};
 use tests::image::{self, Filesystem};
 use tests::net::{connect, free_port};
-use tests::{Guest, Machine, Machines, Running, ssh};
+use tests::{Guest, Machine, Machines, Running, document, ssh};
 
 #[path = "bench-forward/table.rs"]
 mod table;
@@ -322,7 +322,7 @@ fn main() {
     print!("{table}");
     if write {
         let path = host::workspace().join("docs/benchmarks.md");
-        table::write(&path, &table).expect("the table can be written");
+        document::replace(&path, "tests/bench-forward", &table).expect("the table can be written");
         let mut status = Command::new("git");
         status.args(["diff", "--stat", "--"]).arg(&path);
         // Only to show what has become of it.

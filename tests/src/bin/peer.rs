@@ -5,6 +5,7 @@
 //! peer MODE ADDRESS:PORT | vsock:PORT | unix:PATH
 //! peer ask ADDRESS:PORT | vsock-host:PORT | unix:PATH QUESTION
 //! peer inotify DIR…
+//! peer files
 //! ```
 //!
 //! It says `listening` when it listens, or watches. One thread a connection, but for `echo`, which is made for many.
@@ -23,6 +24,8 @@ use vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VsockListener, VsockStream};
 
 #[path = "peer/echo.rs"]
 mod echo;
+#[path = "peer/files.rs"]
+mod files;
 #[path = "peer/inotify.rs"]
 mod inotify;
 
@@ -37,6 +40,7 @@ fn main() -> ExitCode {
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let result = match words[..] {
         ["clock"] => clock(),
+        ["files"] => files::serve(),
         ["inotify", ref dirs @ ..] => inotify::watch(dirs),
         ["echo", at] if at.starts_with("vsock:") => serve(at, echo_one),
         ["echo", at] => echo::serve(at),

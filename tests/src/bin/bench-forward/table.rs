@@ -1,14 +1,7 @@
-//! Figures as a table for people, and where in a document that goes.
+//! Figures as a table for people.
 
 use std::fmt::Write;
-use std::fs;
-use std::io;
-use std::path::Path;
 use std::time::Duration;
-
-/// Between these lines of a document is the table.
-const BEGIN: &str = "<!-- tests/bench-forward -->";
-const END: &str = "<!-- end of tests/bench-forward -->";
 
 /// The rows, and what has to be reached in each: mvm's figure relative to another's.
 const GOALS: &str = "\
@@ -136,15 +129,4 @@ pub fn show(heading: &str, figures: &[Figures]) -> String {
         let _ = writeln!(table, "| {goal} | {of} | {reached:.2} |");
     }
     table
-}
-
-/// Puts the table into the document at `path`, in place of the one that is there.
-pub fn write(path: &Path, table: &str) -> io::Result<()> {
-    let document = fs::read_to_string(path)?;
-    let parts = document
-        .split_once(BEGIN)
-        .and_then(|(before, rest)| Some((before, rest.split_once(END)?.1)));
-    let (before, after) =
-        parts.ok_or_else(|| io::Error::other("the document has no place for it"))?;
-    fs::write(path, format!("{before}{BEGIN}\n{table}{END}{after}"))
 }

@@ -7,6 +7,27 @@ use std::path::PathBuf;
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::io::Errno;
 
+/// Says which files appear in `dir`, until one of the name `last` does.
+pub fn watch_until(dir: &str, last: &str) -> io::Result<()> {
+    let queue = inotify::init(CreateFlags::CLOEXEC)?;
+    inotify::add_watch(&queue, dir, WatchFlags::CREATE)?;
+    super::say("listening");
+    let mut buffer = [MaybeUninit::uninit(); 16 << 10];
+    let mut reader = inotify::Reader::new(&queue, &mut buffer);
+    loop {
+        let event = match reader.next() {
+            Err(Errno::INTR) => continue,
+            event => event?,
+        };
+        let name = event.file_name().map(|name| name.to_string_lossy());
+        let name = name.unwrap_or_default();
+        super::say(&format!("+ {name}"));
+        if name == last {
+            return Ok(());
+        }
+    }
+}
+
 /// Says what happens in `dirs`, an event a line: what, where, and which rename it belongs to.
 pub fn watch(dirs: &[&str]) -> io::Result<()> {
     let queue = inotify::init(CreateFlags::CLOEXEC)?;
