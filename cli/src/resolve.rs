@@ -178,22 +178,49 @@ pub fn initramfs(args: &RunArgs, kernel: &Kernel, root: &Root, cache: &Cache) ->
     guest::initramfs(description, &modules, &files)
 }
 
+/// What commands of a machine have, where they do not say otherwise.
+#[derive(Debug)]
+pub struct Surroundings {
+    /// Who they run as; None is root.
+    pub user: Option<String>,
+    /// Their variables.
+    pub env: Vec<(Vec<u8>, Vec<u8>)>,
+    /// Where they run; None is the user's home.
+    pub workdir: Option<Vec<u8>>,
+}
+
+impl Surroundings {
+    /// Those of a machine from `args`, which may have the host's root.
+    pub fn of(args: &RunArgs, host: Option<&HostRoot>) -> Self {
+        let mut env = host.map_or_else(Vec::new, |host| host.environment(args.user.as_deref()));
+        env.extend(environment(&args.env, false));
+        let here = host.map(|host| host.caller().cwd.as_os_str());
+        Self {
+            user: user(args, host),
+            env,
+            workdir: args.workdir.as_deref().or(here).map(bytes),
+        }
+    }
+}
+
 /// The command as the agent is asked for it.
 pub fn exec(args: &RunArgs, host: Option<&HostRoot>) -> Exec {
     let shell = args.command.is_empty();
     let on_terminal = args.tty || (shell && terminal::stdin_is_terminal());
-    let mut env = host.map_or_else(Vec::new, |host| host.environment(args.user.as_deref()));
-    env.extend(environment(&args.env, on_terminal));
-    let here = host.map(|host| host.caller().cwd.as_os_str());
-    let workdir = args.workdir.as_deref().or(here);
+    let Surroundings {
+        user,
+        mut env,
+        workdir,
+    } = Surroundings::of(args, host);
+    env.splice(..0, environment(&[], on_terminal));
     Exec {
         session: session::fresh_id(),
         argv: args.command.iter().map(|word| bytes(word)).collect(),
         env,
         clear_env: false,
-        cwd: workdir.map(bytes),
+        cwd: workdir,
         cwd_or_home: args.workdir.is_none(),
-        user: user(args, host),
+        user,
         terminal: on_terminal.then(terminal::window_size),
         stdin: args.interactive || shell || terminal::stdin_is_ours(),
         in_initramfs: false,

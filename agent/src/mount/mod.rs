@@ -6,12 +6,14 @@
 //! is freed. Nothing waits for the host without being woken by the end of its connections: that
 //! has the kernel give up the mount, and whoever waits for it gets an error.
 
+mod alarm;
 mod attach;
 mod device;
 mod ending;
 mod handle;
 mod order;
 mod outbox;
+mod overlay;
 mod point;
 mod pump;
 mod redo;
@@ -36,10 +38,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
+use self::alarm::Alarm;
 use self::attach::{Attached, Filesystem, Place, Refusal};
 use self::ending::{Ending, Why};
 use self::order::Replies;
-use self::outbox::{Alarm, Outbox};
+use self::outbox::Outbox;
+use self::overlay::Overlay;
 use self::point::Point;
 use self::replay::Replayer;
 use crate::connection::Connection;
@@ -87,7 +91,11 @@ struct Carrying {
     streams: Vec<Arc<Connection>>,
     replies: Arc<Replies>,
     outboxes: Vec<Arc<Outbox>>,
-    alarm: Arc<Alarm>,
+    /// Something is in an outbox.
+    held_back: Arc<Alarm>,
+    /// Names below an overlay have changed.
+    changed: Arc<Alarm>,
+    overlay: Arc<Overlay>,
     pumps: Vec<JoinHandle<()>>,
 }
 
@@ -280,16 +288,24 @@ impl Carrying {
             )
         })?;
         let ending = Ending::new(filesystem.abort_file()?).map(Arc::new);
+        // A root that the guest cannot change has an overlay over it.
+        let is_below_overlay = matches!(request.at, MountPoint::Root) && request.read_only;
+        let changed: Arc<Alarm> = Arc::default();
         let mut carrying = Self {
             ending: ending.map_err(|error| format!("no event can be made: {error}"))?,
             streams: streams.values().cloned().collect(),
             device,
             replies: Arc::new(Replies::new(request.queues)),
             outboxes: Vec::new(),
-            alarm: Arc::default(),
+            held_back: Arc::default(),
+            overlay: Arc::new(match is_below_overlay {
+                true => Overlay::with(Arc::clone(&changed)),
+                false => Overlay::none(),
+            }),
+            changed,
             pumps: Vec::new(),
         };
-        match carrying.start_all(streams) {
+        match carrying.start_all(streams, is_below_overlay) {
             Ok(()) => Ok(carrying),
             Err(error) => {
                 carrying.end();
@@ -303,12 +319,17 @@ impl Carrying {
     fn start_all(
         &mut self,
         streams: impl IntoIterator<Item = (MountStream, Arc<Connection>)>,
+        is_below_overlay: bool,
     ) -> io::Result<()> {
         for (kind, stream) in streams {
             self.start_pumps(kind, stream)?;
         }
-        let (alarm, outboxes) = (Arc::clone(&self.alarm), self.outboxes.clone());
+        let (alarm, outboxes) = (Arc::clone(&self.held_back), self.outboxes.clone());
         self.pumps.push(pump::start_releases(alarm, outboxes)?);
+        if is_below_overlay {
+            let alarm = Arc::clone(&self.changed);
+            self.pumps.push(pump::start_forgetting(alarm)?);
+        }
         Ok(())
     }
 
@@ -317,7 +338,8 @@ impl Carrying {
         let ending = || Arc::clone(&self.ending);
         let given = Arc::clone(&self.replies);
         let MountStream::Requests { queue } = kind else {
-            let pump = pump::start_notifications(stream, Arc::clone(device), given, ending())?;
+            let (device, overlay) = (Arc::clone(device), Arc::clone(&self.overlay));
+            let pump = pump::start_notifications(stream, device, given, overlay, ending())?;
             self.pumps.push(pump);
             return Ok(());
         };
@@ -330,7 +352,7 @@ impl Carrying {
         let replies =
             pump::start_replies(Arc::clone(&stream), Arc::clone(&own), counted, ending())?;
         self.pumps.push(replies);
-        let outbox = Arc::new(Outbox::new(stream, Arc::clone(&self.alarm)));
+        let outbox = Arc::new(Outbox::new(stream, Arc::clone(&self.held_back)));
         let requests = pump::start_requests(own, Arc::clone(&outbox), ending())?;
         self.pumps.push(requests);
         self.outboxes.push(outbox);
@@ -341,7 +363,8 @@ impl Carrying {
     fn end(self) {
         self.ending.abort();
         self.replies.end();
-        self.alarm.end();
+        self.held_back.end();
+        self.changed.end();
         for stream in &self.streams {
             stream.hang_up();
         }

@@ -5,10 +5,10 @@
 //! written to is closed without delay, as nobody on the host can execute it before.
 
 use std::io::{self, IoSlice, Write};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use super::alarm::Alarm;
 use crate::connection::Connection;
 
 /// `fuse_in_header.opcode`, and its values `FUSE_RELEASE` and `FUSE_RELEASEDIR`.
@@ -27,7 +27,7 @@ const O_ACCMODE: u32 = 0o3;
 const REPLY: usize = 16;
 
 /// For how long requests are held back.
-const PATIENCE: Duration = Duration::from_millis(20);
+pub const PATIENCE: Duration = Duration::from_millis(20);
 
 /// How many bytes of them are.
 const HELD: usize = 4 << 10;
@@ -93,8 +93,10 @@ impl Outbox {
         }
     }
 
-    fn flush(&self) -> io::Result<()> {
-        self.flush_locked(&mut lock(&self.held))
+    /// Sends what is held back.
+    pub fn flush(&self) {
+        // Where the connection is broken, whoever reads from it ends the mount.
+        let _ = self.flush_locked(&mut lock(&self.held));
     }
 
     fn flush_locked(&self, held: &mut Vec<u8>) -> io::Result<()> {
@@ -118,70 +120,6 @@ fn write_all(mut to: &Connection, mut parts: &mut [IoSlice<'_>]) -> io::Result<(
     Ok(())
 }
 
-/// Tells a mount's thread that something is held back.
-#[derive(Debug, Default)]
-pub struct Alarm {
-    state: Mutex<State>,
-    changed: Condvar,
-}
-
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
-enum State {
-    #[default]
-    Idle,
-    /// Something is held back.
-    Set,
-    /// There will be nothing more.
-    Ended,
-}
-
-impl Alarm {
-    fn set(&self) {
-        let mut state = lock(&self.state);
-        if *state == State::Idle {
-            *state = State::Set;
-            self.changed.notify_one();
-        }
-    }
-
-    /// Ends whoever waits for it.
-    pub fn end(&self) {
-        *lock(&self.state) = State::Ended;
-        self.changed.notify_one();
-    }
-
-    /// Waits until something is held back; false where there will be nothing more.
-    fn wait(&self) -> bool {
-        let is_idle = |state: &mut State| *state == State::Idle;
-        let waited = self.changed.wait_while(lock(&self.state), is_idle);
-        *waited.unwrap_or_else(PoisonError::into_inner) == State::Set
-    }
-
-    /// What is held back from now on is to be told anew; false where there will be nothing more.
-    fn rearm(&self) -> bool {
-        let mut state = lock(&self.state);
-        let was = *state;
-        if was == State::Set {
-            *state = State::Idle;
-        }
-        was != State::Ended
-    }
-
-    /// Sends what is held back in time, until the end.
-    pub fn attend(&self, outboxes: &[Arc<Outbox>]) {
-        while self.wait() {
-            thread::sleep(PATIENCE);
-            if !self.rearm() {
-                return;
-            }
-            for outbox in outboxes {
-                // Where the connection is broken, whoever reads from it ends the mount.
-                let _ = outbox.flush();
-            }
-        }
-    }
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -190,6 +128,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     use std::io::Read;
     use std::os::unix::net::UnixStream;
+    use std::thread;
 
     use super::*;
 
@@ -267,9 +206,8 @@ mod tests {
     #[test]
     fn what_is_held_back_goes_by_itself_in_a_while_until_the_end() {
         let (outbox, alarm, host) = outbox();
-        let outboxes = [Arc::clone(&outbox)];
         thread::scope(|scope| {
-            let thread = scope.spawn(|| alarm.attend(&outboxes));
+            let thread = scope.spawn(|| alarm.attend(PATIENCE, || outbox.flush()));
             for unique in 0..3 {
                 outbox.hold(&request(18, unique)).unwrap();
                 assert_eq!(received(&host, 1), [unique]);

@@ -13,9 +13,11 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
+use super::alarm::Alarm;
 use super::ending::{Ending, Why};
 use super::order::{self, Replies};
-use super::outbox::{self, Alarm, Outbox};
+use super::outbox::{self, Outbox};
+use super::overlay::{self, Overlay};
 use super::tune;
 use crate::connection::Connection;
 
@@ -79,16 +81,21 @@ pub fn start_replies(
 pub fn start_notifications(
     from: Arc<Connection>,
     to: Arc<OwnedFd>,
-    replies: Arc<Replies>,
+    after: Arc<Replies>,
+    overlay: Arc<Overlay>,
     ending: Arc<Ending>,
 ) -> io::Result<JoinHandle<()>> {
     start("fuse-notices", move || {
         let mut tell = |message: &[u8]| match order::counts(message) {
-            Some(counts) => match replies.wait(counts) {
+            Some(counts) => match after.wait(counts) {
                 true => Ok(()),
                 false => Err(Why::Unmounted),
             },
-            None => notify(&to, message),
+            None => {
+                notify(&to, message)?;
+                overlay.note(message);
+                Ok(())
+            }
         };
         let Err(why) = carry_to_kernel(&from, &mut tell);
         ending.announce(why);
@@ -116,7 +123,20 @@ fn start(name: &str, pump: impl FnOnce() + Send + 'static) -> io::Result<JoinHan
 
 /// Starts the thread that sends what the outboxes hold back.
 pub fn start_releases(alarm: Arc<Alarm>, outboxes: Vec<Arc<Outbox>>) -> io::Result<JoinHandle<()>> {
-    start("fuse-releases", move || alarm.attend(&outboxes))
+    start("fuse-releases", move || {
+        alarm.attend(outbox::PATIENCE, || {
+            for outbox in &outboxes {
+                outbox.flush();
+            }
+        });
+    })
+}
+
+/// Starts the thread that has names forgotten which changed below an overlay.
+pub fn start_forgetting(alarm: Arc<Alarm>) -> io::Result<JoinHandle<()>> {
+    start("fuse-overlay", move || {
+        alarm.attend(overlay::PATIENCE, overlay::forget_names);
+    })
 }
 
 /// Returns why there are no more.

@@ -17,7 +17,7 @@ use crate::event;
 use crate::foreground::{self, Lost};
 use crate::link::Link;
 use crate::session::{self, Output, Session};
-use crate::store::{Name, Standing, Store};
+use crate::store::{Bytes, Name, Standing, Store};
 use crate::{resolve, terminal};
 
 /// Between a signal and the end of patience.
@@ -28,18 +28,21 @@ const SSH_AUTH_SOCK: &str = "SSH_AUTH_SOCK";
 
 /// Runs the command and returns its exit code.
 pub fn run(args: &ExecArgs) -> Result<ExitCode> {
-    attend(&args.name, |_| Exec {
+    attend(&args.name, |machine| Exec {
         session: session::fresh_id(),
         argv: args
             .command
             .iter()
             .map(|word| word.as_bytes().to_vec())
             .collect(),
-        env: resolve::environment(&args.env, args.tty),
+        env: variables(machine, resolve::environment(&args.env, args.tty)),
         clear_env: false,
-        cwd: args.workdir.clone().map(OsStringExt::into_vec),
-        cwd_or_home: false,
-        user: args.user.clone(),
+        cwd: match &args.workdir {
+            Some(workdir) => Some(workdir.as_bytes().to_vec()),
+            None => machine.workdir.clone().map(|workdir| workdir.0),
+        },
+        cwd_or_home: args.workdir.is_none(),
+        user: args.user.clone().or_else(|| machine.user.clone()),
         terminal: args.tty.then(terminal::window_size),
         stdin: args.interactive,
         in_initramfs: false,
@@ -58,7 +61,7 @@ pub fn shell(args: &ShellArgs) -> Result<ExitCode> {
     attend(&args.name, |machine| Exec {
         session: session::fresh_id(),
         argv: Vec::new(),
-        env: resolve::environment(&[], on_terminal),
+        env: variables(machine, resolve::environment(&[], on_terminal)),
         clear_env: false,
         cwd: args
             .workdir
@@ -66,11 +69,20 @@ pub fn shell(args: &ShellArgs) -> Result<ExitCode> {
             .or_else(|| here(machine))
             .map(OsStringExt::into_vec),
         cwd_or_home: args.workdir.is_none(),
-        user: args.user.clone(),
+        user: args.user.clone().or_else(|| machine.user.clone()),
         terminal: on_terminal.then(terminal::window_size),
         stdin: true,
         in_initramfs: false,
     })
+}
+
+/// The machine's own variables and, over them, those of one command.
+fn variables(machine: &Inspection, own: Vec<(Vec<u8>, Vec<u8>)>) -> Vec<(Vec<u8>, Vec<u8>)> {
+    let of_machine = machine.env.iter().filter_map(|Bytes(text)| {
+        let at = text.iter().position(|&byte| byte == b'=')?;
+        Some((text[..at].to_vec(), text[at + 1..].to_vec()))
+    });
+    of_machine.chain(own).collect()
 }
 
 /// Runs the command that `exec` makes for the machine as it is.

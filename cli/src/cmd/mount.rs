@@ -51,7 +51,7 @@ fn mounts_of(name: &Name, op: Op) -> Result<Vec<Mount>> {
 }
 
 fn listed(mounts: &[Mount]) -> Table {
-    let mut table = Table::new(&["HOST", "GUEST", "ACCESS", "OWNER", "CACHE"]);
+    let mut table = Table::new(&["HOST", "GUEST", "ACCESS", "OWNER", "CACHE", "LOCKS"]);
     for mount in mounts {
         table.row(vec![
             mount.host.to_string(),
@@ -59,6 +59,7 @@ fn listed(mounts: &[Mount]) -> Table {
             access(mount).to_owned(),
             format!("{}:{}", mount.uid, mount.gid),
             mount.cache.clone(),
+            mount.locks.clone(),
         ]);
     }
     table
@@ -105,6 +106,7 @@ mod tests {
             uid: 0,
             gid: 0,
             cache: "auto".to_owned(),
+            locks: "guest".to_owned(),
         }
     }
 

@@ -284,6 +284,15 @@ pub struct Inspection {
     pub command: Vec<Bytes>,
     /// Whether that is on a terminal.
     pub terminal: bool,
+    /// Who commands run as that do not say; None is root.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// Variables that they have, each `NAME=VALUE`.
+    #[serde(default)]
+    pub env: Vec<Bytes>,
+    /// Where they run; None is the user's home.
+    #[serde(default)]
+    pub workdir: Option<Bytes>,
     /// Disk images, the root first.
     #[serde(default)]
     pub disks: Vec<Disk>,
@@ -337,6 +346,13 @@ pub struct Mount {
     pub gid: u32,
     /// What the guest may believe: `auto`, `strict` or `private`.
     pub cache: String,
+    /// Where its locks hold: in the `guest`, or on the `host` too.
+    #[serde(default = "locks_of_the_guest")]
+    pub locks: String,
+}
+
+fn locks_of_the_guest() -> String {
+    "guest".to_owned()
 }
 
 /// A forward of a machine.

@@ -163,6 +163,14 @@ impl Volume {
     }
 }
 
+/// What `locks=` is followed by.
+pub fn locking_name(locking: Locking) -> &'static str {
+    match locking {
+        Locking::Guest => "guest",
+        Locking::Host => "host",
+    }
+}
+
 /// What `cache=` is followed by.
 pub fn cache_name(cache: Cache) -> &'static str {
     match cache {

@@ -18,7 +18,7 @@ use crate::control::{Latch, Owner};
 use crate::event::Event;
 use crate::forward::spec::{PortRange, Protocol, Publish, Reverse};
 use crate::forward::{self, Auto, Kind};
-use crate::resolve;
+use crate::resolve::{self, Surroundings};
 use crate::store::{Bytes, Changes, Name};
 
 impl Owner for Owned {
@@ -31,6 +31,8 @@ impl Owner for Owned {
         let changes = definition
             .map(|definition| definition.changes)
             .unwrap_or_default();
+        let surroundings = Surroundings::of(args, self.host_root.as_ref());
+        let env = surroundings.env.iter();
         Inspection {
             name: name.unwrap_or_else(|| self.name.clone()),
             state: *self.state(),
@@ -43,6 +45,11 @@ impl Owner for Owned {
             memory: args.memory,
             command: args.command.iter().map(Bytes::from).collect(),
             terminal: args.tty,
+            user: surroundings.user,
+            env: env
+                .map(|(name, value)| Bytes([name, &b"="[..], value].concat()))
+                .collect(),
+            workdir: surroundings.workdir.map(Bytes),
             disks: disks(self),
             tap: match &args.net {
                 Net::Tap(name) => Some(name.clone()),

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 
 use super::{Owned, declare};
 use crate::control::protocol::{Answer, Mount, Op, State};
-use crate::folder::spec::{self, Volume, cache_name};
+use crate::folder::spec::{self, Volume, cache_name, locking_name};
 use crate::folder::{Folder, FolderError};
 use crate::store::Bytes;
 
@@ -83,5 +83,6 @@ fn shown(folder: &Folder) -> Mount {
         uid: folder.ids.uid,
         gid: folder.ids.gid,
         cache: cache_name(volume.cache).to_owned(),
+        locks: locking_name(volume.locking).to_owned(),
     }
 }

@@ -266,6 +266,65 @@ fn a_machine_in_the_background_has_the_callers_tools_when_it_is_started_again() 
 }
 
 #[test]
+fn another_command_runs_as_the_first_one_does() {
+    let home = Home::new();
+    let machines = Machines::new();
+    let guest = home.guest("project").option("-e", "COLOUR=red");
+    let machine = machines.idle(guest);
+    let asked = "tool; pwd; echo $COLOUR; id -u";
+    let me = rustix::process::getuid().as_raw();
+    let project = home.path("project");
+    machine
+        .exec(asked)
+        .expect_code(0)
+        .expect_stdout(&format!("tool: my own\n{}\nred\n{me}\n", project.display()));
+    let options = ["-e", "COLOUR=blue", "-w", "/usr", "-u", "root"];
+    let command = machine.exec_command(&options, &["sh", "-c", "pwd; echo $COLOUR; id -u"]);
+    let output = Running::start(command, Vec::new()).wait();
+    output.expect_code(0).expect_stdout("/usr\nblue\n0\n");
+}
+
+#[test]
+fn what_the_host_replaces_removes_and_adds_below_the_root_is_seen() {
+    let home = Home::new();
+    let data = home.path("data");
+    let machines = Machines::new();
+    let machine = machines.idle(home.guest("project").option("--host-path", &data));
+    let at = |name: &str| data.join(name).display().to_string();
+    let replace = |name: &str, content: &str| {
+        home.write("data/new", content, 0o644);
+        fs::rename(home.path("data/new"), data.join(name)).unwrap();
+    };
+    // Known to the guest, and known not to be there.
+    let look = format!(
+        "cat {} {}; test ! -e {}",
+        at("public"),
+        at("private"),
+        at("late")
+    );
+    machine
+        .exec(&look)
+        .expect_code(0)
+        .expect_stdout("publicprivate");
+    replace("public", "replaced");
+    replace("late", "late");
+    fs::remove_file(data.join("private")).unwrap();
+    let look = format!(
+        "cat {} {}; test ! -e {}",
+        at("public"),
+        at("late"),
+        at("private")
+    );
+    let mut seen = String::new();
+    let as_is = host::poll(|| {
+        let output = machine.exec(&look);
+        seen = format!("{output}");
+        (output.code() == 0 && output.text() == "replacedlate").then_some(())
+    });
+    assert!(as_is.is_some(), "the guest still sees:\n{seen}");
+}
+
+#[test]
 fn a_user_without_privileges_has_their_own_name_and_files() {
     let test = "a_user_without_privileges_has_their_own_name_and_files";
     if !host::is_root() {
