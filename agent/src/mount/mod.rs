@@ -155,6 +155,7 @@ impl Folder {
             }
         };
         let attached = Arc::new(attached);
+        tune::read_ahead(attached.device);
         let (tree, device) = (Arc::clone(&machine.root), Arc::clone(&carrying.device));
         let replayer = Replayer::start(Arc::clone(&attached), tree, device).map_err(|error| {
             // What is mounted is seen by nobody yet who could use it.

@@ -76,6 +76,11 @@ pub enum FolderError {
     /// The guest takes too long.
     #[error("the guest did not mount it in time")]
     TooSlow,
+    /// The guest does not answer.
+    #[error(
+        "the guest's agent does not answer: `mvm mount rm -f` takes the folder away all the same"
+    )]
+    Silent,
     /// The agent is not reached, or makes no sense.
     #[error("the connection to the guest's agent broke")]
     Lost(#[source] io::Error),

@@ -5,9 +5,9 @@ use std::io;
 use std::net::Shutdown;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use agent::protocol::{
     self, AGENT_PORT, FromMount, Mount, MountPoint, MountStream, Mounted, Open, ToMount,
@@ -25,6 +25,9 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long threads may take to end when there is nothing more to serve.
 const FAREWELL: Duration = Duration::from_secs(5);
+
+/// How often whoever waits for the agent looks whether it has answered somebody else.
+const POLL: Duration = Duration::from_millis(10);
 
 /// How many threads work on the requests of one queue.
 const THREADS: usize = 3;
@@ -177,20 +180,26 @@ impl Served {
         lock(&self.shared.threads).all
     }
 
-    /// Takes it away from the guest, with `force` also from whoever uses it.
+    /// Takes it away from the guest, with `force` also from whoever uses it, and whether or not the guest answers.
     ///
     /// # Errors
     /// With the agent's sentence where it stays.
     pub fn unmount(&self, force: bool) -> Result<(), FolderError> {
-        let asked = {
-            let control = lock(&self.shared.control);
-            ask(&control, &ToMount::Unmount { force })
+        let asked = match force {
+            false => self.ask_to_unmount(PATIENCE, None),
+            true => self.ask_to_unmount(FAREWELL, Some(FAREWELL)),
         };
         match asked {
             Ok(FromMount::Unmounted(outcome)) => outcome.map_err(FolderError::refused)?,
-            Ok(_) => return Err(FolderError::Lost(nonsense())),
+            Ok(_) if !force => return Err(FolderError::Lost(nonsense())),
+            // The end of its connections ends it in the guest.
+            Ok(_) => tracing::debug!("{}", nonsense()),
+            Err(error) if force => tracing::debug!("the guest does not let go of it: {error}"),
             // It was unmounted in the guest meanwhile.
             Err(error) if !self.is_there() => tracing::debug!("the folder is gone: {error}"),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                return Err(FolderError::Silent);
+            }
             Err(error) => return Err(FolderError::Lost(error)),
         }
         self.end();
@@ -199,6 +208,27 @@ impl Served {
         let fewer = &self.shared.fewer;
         drop(fewer.wait_timeout_while(threads, FAREWELL, |threads| threads.all > 0));
         Ok(())
+    }
+
+    /// Asks the agent to unmount it, once it has answered what it was asked before; `WouldBlock` where it does not do
+    /// the one in time, or the other.
+    fn ask_to_unmount(&self, before: Duration, answer: Option<Duration>) -> io::Result<FromMount> {
+        let deadline = Instant::now() + before;
+        let control = loop {
+            match self.shared.control.try_lock() {
+                Ok(control) => break control,
+                Err(TryLockError::Poisoned(control)) => break control.into_inner(),
+                Err(TryLockError::WouldBlock) if Instant::now() < deadline => thread::sleep(POLL),
+                Err(TryLockError::WouldBlock) => return Err(io::ErrorKind::WouldBlock.into()),
+            }
+        };
+        control.set_read_timeout(answer)?;
+        ask(
+            &control,
+            &ToMount::Unmount {
+                force: answer.is_some(),
+            },
+        )
     }
 
     /// Ends all threads; whoever uses it in the guest gets errors from then on.

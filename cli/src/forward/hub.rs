@@ -112,6 +112,7 @@ impl Hub {
             self.expire(Instant::now());
             self.datagrams.tend(&self.poller);
             self.tend_agent();
+            self.reverses.tell_settled();
         }
     }
 
@@ -212,6 +213,7 @@ impl Hub {
                 let removed = self.reverses.remove(&reverse, self.agent.as_mut());
                 drop(reply.send(removed));
             }
+            Command::AwaitReverses(reply) => self.reverses.await_answers(reply),
             Command::OfferSshAgent(path) => self.reverses.offer(path),
             Command::LookedUp(id, found) => {
                 let outcome = self.connects.looked_up(id, found, &self.poller);

@@ -159,6 +159,7 @@ enum Command {
     SetAuto(Option<Auto>),
     Reverse(Wish, Reply<Result<Forward, ForwardError>>),
     RemoveReverse(Reverse, Reply<Option<Forward>>),
+    AwaitReverses(Reply<()>),
     OfferSshAgent(PathBuf),
     /// The addresses of a name, for the connection with this number.
     LookedUp(u32, io::Result<Vec<IpAddr>>),
@@ -252,6 +253,13 @@ impl Forwarder {
     /// listens, and fails where it cannot.
     pub fn reverse(&self, reverse: &Reverse) -> Result<Forward, ForwardError> {
         self.ask(|reply| Command::Reverse(Wish::Listed(reverse.clone()), reply))?
+    }
+
+    /// Waits until the guest listens for all that was declared, or has said for which it cannot; seconds, where its
+    /// agent says nothing.
+    pub fn await_reverses(&self) {
+        // Where the forwarder has ended, nobody waits for it.
+        let _ = self.ask(Command::AwaitReverses);
     }
 
     /// Takes it away; connections that run go on.

@@ -105,6 +105,8 @@ pub struct Reverses {
     next: u32,
     /// SSH agents, the last offered first.
     offers: VecDeque<PathBuf>,
+    /// Who waits until the agent has answered for all.
+    waiting: Vec<Reply<()>>,
 }
 
 impl Reverses {
@@ -266,6 +268,21 @@ impl Reverses {
         }
     }
 
+    /// Tells `reply` once the agent has answered for all that it was asked for, or has taken too long.
+    pub fn await_answers(&mut self, reply: Reply<()>) {
+        self.waiting.push(reply);
+    }
+
+    /// Tells those who wait, where there is nothing to wait for any more.
+    pub fn tell_settled(&mut self) {
+        let is_asked = |entry: &Entry| matches!(entry.state, State::Asked(_));
+        if !self.all.values().any(is_asked) {
+            for reply in self.waiting.drain(..) {
+                answer(Some(reply), ());
+            }
+        }
+    }
+
     /// Prefers this SSH agent from now on.
     pub fn offer(&mut self, path: PathBuf) {
         self.offers.retain(|known| *known != path);
@@ -317,10 +334,7 @@ fn ask(id: u32, entry: &mut Entry, agent: &mut Agent) {
     agent.tell(&ToForwarder::Listen { id, at });
 }
 
-fn answer(
-    reply: Option<Reply<Result<Forward, ForwardError>>>,
-    result: Result<Forward, ForwardError>,
-) {
+fn answer<T>(reply: Option<Reply<T>>, result: T) {
     if let Some(reply) = reply {
         // Whoever asked may have gone.
         let _ = reply.send(result);

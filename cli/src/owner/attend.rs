@@ -159,6 +159,8 @@ impl Attendant {
         if let Some(code) = self.await_folders(link)? {
             return Ok(code);
         }
+        // What runs now may connect at once.
+        self.machine.forwarder.await_reverses();
         *self.machine.state() = State::Running;
         vmm::release_program();
         if self.mode == Mode::Background && self.machine.args.command.is_empty() {

@@ -260,8 +260,9 @@ fn an_agent_that_does_not_replay_keeps_nobody_from_the_files() {
                 .is_ok_and(|text| text == format!("{round}\n"))
         });
     }
-    folders.end();
+    folders.remove(Path::new("/project"), true).unwrap();
     assert!(folders.list().is_empty());
+    assert!(fs::read_to_string(guest.path("/project/file")).is_err());
 }
 
 #[test]

@@ -129,6 +129,47 @@ fn a_guest_that_cannot_listen_says_why() {
 }
 
 #[test]
+fn whoever_waits_for_all_goes_on_when_the_guest_has_answered_for_each() {
+    let reverse = [5000, 5001].map(|port| format!("{port}:5432").parse().unwrap());
+    let (forwarder, _announced) = forwarder(Declarations {
+        reverse: reverse.to_vec(),
+        ..Declarations::default()
+    });
+    // There is nobody to answer yet.
+    forwarder.await_reverses();
+    assert!(
+        forwarder
+            .list()
+            .unwrap()
+            .iter()
+            .all(|forward| forward.answers == Some(false))
+    );
+    let guest = FakeGuest::new();
+    forwarder.attach(guest.clone()).unwrap();
+    forwarder.await_reverses();
+    assert!(
+        forwarder
+            .list()
+            .unwrap()
+            .iter()
+            .all(|forward| forward.answers == Some(true))
+    );
+    guest.go();
+    forwarder.await_reverses();
+    let guest = FakeGuest::new();
+    guest.refuse_binds("the port is taken");
+    forwarder.attach(guest).unwrap();
+    forwarder.await_reverses();
+    assert!(
+        forwarder
+            .list()
+            .unwrap()
+            .iter()
+            .all(|forward| forward.answers == Some(false))
+    );
+}
+
+#[test]
 fn the_same_place_of_the_guest_is_not_given_twice() {
     let (forwarder, _guest) = publishing(&[]);
     forwarder.reverse(&"5000:5432".parse().unwrap()).unwrap();
