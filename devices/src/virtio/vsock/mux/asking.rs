@@ -2,9 +2,10 @@
 //!
 //! A guest that is asked for thousands at once answers the last of them long after the first, and what
 //! those that it has answered have to say would wait behind all the requests. So only some requests
-//! are under way; the other connections wait for their turn.
+//! are under way; the other connections wait for their turn, those to one port behind each other and not behind
+//! those to others: behind each port may be somebody else.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::Mux;
@@ -16,8 +17,10 @@ pub(in crate::virtio::vsock) const MAX_UNANSWERED: usize = 64;
 /// Who is to be asked for, and how many have been without an answer.
 #[derive(Debug)]
 pub(super) struct Asking {
-    /// Tokens of connections that wait for their turn.
-    waiting: VecDeque<u64>,
+    /// Tokens of connections that wait for their turn, by the guest's port; none is without.
+    waiting: HashMap<u32, VecDeque<u64>>,
+    /// Those ports, the next one first.
+    turns: VecDeque<u32>,
     unanswered: usize,
     /// How long the guest may leave all of them unanswered.
     timeout: Duration,
@@ -27,11 +30,31 @@ pub(super) struct Asking {
 impl Asking {
     pub fn new(timeout: Duration) -> Self {
         Self {
-            waiting: VecDeque::new(),
+            waiting: HashMap::new(),
+            turns: VecDeque::new(),
             unanswered: 0,
             timeout,
             answered_at: None,
         }
+    }
+
+    fn push(&mut self, port: u32, token: u64) {
+        let same = self.waiting.entry(port).or_default();
+        if same.is_empty() {
+            self.turns.push_back(port);
+        }
+        same.push_back(token);
+    }
+
+    fn pop(&mut self) -> Option<u64> {
+        let port = self.turns.pop_front()?;
+        let same = self.waiting.get_mut(&port)?;
+        let token = same.pop_front();
+        match same.is_empty() {
+            true => drop(self.waiting.remove(&port)),
+            false => self.turns.push_back(port),
+        }
+        token
     }
 
     /// The guest has answered one.
@@ -51,14 +74,18 @@ impl Asking {
 impl Mux {
     /// Asks the guest for a connection when its turn comes.
     pub(super) fn ask_in_turn(&mut self, index: usize) {
-        self.asking.waiting.push_back(self.table.token(index));
+        let token = self.table.token(index);
+        let Some(connection) = self.table.get_mut(index) else {
+            return;
+        };
+        self.asking.push(connection.key.guest_port, token);
         self.set_deadline(index);
         self.ask_next();
     }
 
     fn ask_next(&mut self) {
         while self.asking.unanswered < MAX_UNANSWERED
-            && let Some(token) = self.asking.waiting.pop_front()
+            && let Some(token) = self.asking.pop()
         {
             // It may have been given up meanwhile.
             if let Some(index) = self.table.find_token(token)

@@ -139,6 +139,29 @@ fn of_many_connections_the_guest_is_asked_for_some_at_a_time_in_their_order() {
 }
 
 #[test]
+fn a_connection_to_one_port_does_not_wait_behind_those_to_another() {
+    let mut guest = Guest::start();
+    let mut clients = Vec::new();
+    let many = std::iter::repeat_n(80, 3 * MAX_UNANSWERED);
+    for port in many.chain([81, 82, 81]) {
+        let (client, server) = UnixStream::pair().unwrap();
+        guest.handle.join(port, Vec::new(), server).unwrap();
+        clients.push(client);
+    }
+    let mut asked = Vec::new();
+    for _ in 0..MAX_UNANSWERED {
+        asked.push(guest.expect(VIRTIO_VSOCK_OP_REQUEST).header);
+    }
+    // Each answer makes room for one.
+    let mut ports = Vec::new();
+    for header in &asked[..6] {
+        guest.answer(header, VIRTIO_VSOCK_OP_RESPONSE);
+        ports.push(guest.expect(VIRTIO_VSOCK_OP_REQUEST).header.dst_port);
+    }
+    assert_eq!(ports, [80, 81, 82, 80, 81, 80]);
+}
+
+#[test]
 fn connections_that_wait_for_their_turn_are_given_up_when_the_guest_answers_no_more() {
     let mut guest = Guest::start_with(VsockConfig {
         connect_timeout: Duration::from_millis(1500),
