@@ -14,7 +14,6 @@ const ALWAYS: u64 = init::ASYNC_READ
     | init::BIG_WRITES
     | init::DONT_MASK
     | init::DO_READDIRPLUS
-    | init::READDIRPLUS_AUTO
     | init::ASYNC_DIO
     | init::PARALLEL_DIROPS
     | init::MAX_PAGES
@@ -22,6 +21,10 @@ const ALWAYS: u64 = init::ASYNC_READ
     | init::SETXATTR_EXT
     | init::INIT_EXT
     | init::HAS_EXPIRE_ONLY;
+
+/// Where what comes with a listing is soon not believed any more: only who looks at the entries gets it. Elsewhere
+/// everybody does, as one listing costs less than a lookup for each entry.
+const UNTOLD: u64 = init::AUTO_INVAL_DATA | init::READDIRPLUS_AUTO;
 
 /// Where the guest is told of changes, so that nothing is to be guessed from a file's times, and what
 /// was listed need not be listed again.
@@ -89,7 +92,7 @@ impl Share {
         };
         let cache = match self.options.cache {
             Cache::Auto if self.watcher.is_some() => TOLD,
-            Cache::Auto | Cache::Strict => init::AUTO_INVAL_DATA,
+            Cache::Auto | Cache::Strict => UNTOLD,
             Cache::Private => TOLD | init::WRITEBACK_CACHE,
         };
         let locks = match self.options.locking {

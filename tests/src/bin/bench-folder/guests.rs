@@ -137,7 +137,7 @@ impl Place {
             for dir in proc sys dev; do mount --bind /$dir /new/$dir; done\n\
             cp /new/tmp/9p/peer /new/tmp/peer\n\
             exec </dev/ttyS0 >/dev/ttyS0 2>&1\n\
-            stty raw -echo\n\
+            stty raw -echo; echo\n\
             exec chroot /new /tmp/peer files\n";
         let daemon = self.virtiofsd();
         let shared = self.path("shared");
@@ -160,7 +160,7 @@ impl Place {
         ));
         command.arg("-virtfs");
         command.arg(format!(
-            "local,path={},mount_tag=9p,security_model=none,multidevs=remap",
+            "local,id=shared,path={},mount_tag=9p,security_model=none,multidevs=remap",
             shared.display()
         ));
         if daemon.is_some() {
