@@ -188,7 +188,7 @@ fn run(options: &Options) {
 fn show(options: &Options, figures: &Figures) {
     let Options { size, rounds, .. } = options;
     let heading = format!(
-        "{rounds} rounds; {} files are looked at, {} are unpacked, and the large one has {} MiB. Guests have the \
+        "Rounds: {rounds}; {} files are looked at, {} are unpacked, and the large one has {} MiB. Guests have the \
          kernel of `mvm kernel build`, 3 GiB, and as many CPUs as the host; {}.",
         size.tree(),
         size.small(),
