@@ -27,10 +27,10 @@ fn a_machine_lives_on_after_the_command_that_started_it() {
     let table = machines.mvm(&["ps"]);
     table.expect_code(0).expect_in_stdout(machine.name());
     table.expect_in_stdout("running");
-    machines
-        .mvm(&["ls"])
-        .expect_code(0)
-        .expect_stdout(&table.text());
+    // The same verb; how long ago things were may not be the same.
+    let same = machines.mvm(&["ls"]);
+    same.expect_code(0).expect_in_stdout(machine.name());
+    assert_eq!(same.text().lines().next(), table.text().lines().next());
     machine.exec("nproc").expect_code(0).expect_stdout("2\n");
 
     let usage = machine.mvm("stats", &["--no-stream"]);

@@ -34,7 +34,9 @@ fn the_callers_agent_is_the_guests() {
     drop(agent);
     // It leaves its socket behind, and another one does not take over a path that is there.
     let _ = fs::remove_file(&socket);
-    keys().expect_code(1).expect_in_stderr("agent failed");
+    // It hears that nobody answers, or dies of SIGPIPE where the connection is closed before it asks.
+    let nobody = keys();
+    assert!([1, 128 + 13].contains(&nobody.code()), "{nobody}");
     let _agent = ssh::start_agent(&socket);
     ssh::add_key(&socket, &key);
     keys().expect_code(0).expect_in_stdout("e2e-key");
