@@ -38,7 +38,7 @@ impl Overlay {
         Self(Some(alarm))
     }
 
-    /// The kernel was given this notification.
+    /// The kernel was given this notification, of something that it knew.
     pub fn note(&self, notification: &[u8]) {
         let kind = notification.get(KIND..).and_then(|rest| rest.first_chunk());
         if let Some(alarm) = &self.0

@@ -92,8 +92,9 @@ pub fn start_notifications(
                 false => Err(Why::Unmounted),
             },
             None => {
-                notify(&to, message)?;
-                overlay.note(message);
+                if notify(&to, message)? {
+                    overlay.note(message);
+                }
                 Ok(())
             }
         };
@@ -102,11 +103,12 @@ pub fn start_notifications(
     })
 }
 
-fn notify(to: &OwnedFd, message: &[u8]) -> Result<(), Why> {
+/// Whether the kernel has known what it is told of.
+fn notify(to: &OwnedFd, message: &[u8]) -> Result<bool, Why> {
     match rustix::io::write(to, message) {
-        Ok(_) | Err(Errno::NOENT | Errno::NOTDIR | Errno::NOTEMPTY | Errno::BUSY | Errno::PERM) => {
-            Ok(())
-        }
+        Ok(_) => Ok(true),
+        Err(Errno::NOENT) => Ok(false),
+        Err(Errno::NOTDIR | Errno::NOTEMPTY | Errno::BUSY | Errno::PERM) => Ok(true),
         // What the guest should have forgotten it would now believe for good.
         Err(errno) => Err(Why::Failed(format!(
             "the kernel cannot be told of a change on the host: {errno}"
