@@ -1,8 +1,8 @@
 //! Carrying FUSE messages between the kernel and the host, one thread a direction of each queue.
 //!
 //! A message is two system calls on its way: it is read whole and written whole, with nothing looked at
-//! but its length and whether it closes a file, and nothing allocated. Both threads of a queue block in the kernel, where exactly one
-//! of those that wait for requests is woken for each.
+//! but its length and whether it closes a file, and nothing allocated. Both threads of a queue block in the
+//! kernel, where exactly one of those that wait for requests is woken for each.
 
 use std::io;
 use std::os::fd::OwnedFd;

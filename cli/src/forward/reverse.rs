@@ -276,7 +276,8 @@ impl Reverses {
     /// Tells those who wait, where there is nothing to wait for any more.
     pub fn tell_settled(&mut self) {
         let is_asked = |entry: &Entry| matches!(entry.state, State::Asked(_));
-        if !self.all.values().any(is_asked) {
+        // Nobody does, most often, and this is asked after each event.
+        if !self.waiting.is_empty() && !self.all.values().any(is_asked) {
             for reply in self.waiting.drain(..) {
                 answer(Some(reply), ());
             }

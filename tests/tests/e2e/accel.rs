@@ -90,6 +90,20 @@ impl Drop for Copy {
     }
 }
 
+/// The words of a machine that says `word`.
+fn echo(word: &str) -> [&str; 8] {
+    [
+        "run",
+        "--rootfs",
+        "none",
+        "--boot-timeout",
+        "170s",
+        "--",
+        "echo",
+        word,
+    ]
+}
+
 #[test]
 fn the_outer_linux_is_started_once_and_stopped() {
     if !host::is_emulated() {
@@ -104,31 +118,13 @@ fn the_outer_linux_is_started_once_and_stopped() {
         copy.outer().is_null(),
         "an outer Linux runs before any was started"
     );
-    let first = copy.mvm(&[
-        "run",
-        "--rootfs",
-        "none",
-        "--boot-timeout",
-        "170s",
-        "--",
-        "echo",
-        "first",
-    ]);
+    let first = copy.mvm(&echo("first"));
     first
         .expect_code(0)
         .expect_stdout("first\n")
         .expect_in_stderr("slow");
     let (supervisor, qemu) = (copy.supervisor(), copy.qemu());
-    let second = copy.mvm(&[
-        "run",
-        "--rootfs",
-        "none",
-        "--boot-timeout",
-        "170s",
-        "--",
-        "echo",
-        "second",
-    ]);
+    let second = copy.mvm(&echo("second"));
     second
         .expect_code(0)
         .expect_stdout("second\n")

@@ -4,10 +4,8 @@
 
 use std::io;
 
-use agent::sock_diag::{self, BOUND_INACTIVE};
+use agent::sock_diag::{self, BOUND_INACTIVE, Socket};
 use rustix::net::{AddressFamily, SocketFlags};
-
-use super::Socket;
 
 /// All of them, of both families.
 pub fn sockets() -> io::Result<Vec<Socket>> {
@@ -15,12 +13,7 @@ pub fn sockets() -> io::Result<Vec<Socket>> {
     let mut found = Vec::new();
     for family in [AddressFamily::INET, AddressFamily::INET6] {
         // What is not there is not found; it only makes a sentence say less.
-        let sockets = sock_diag::list(&kernel, family, BOUND_INACTIVE).unwrap_or_default();
-        found.extend(sockets.into_iter().map(|socket| Socket {
-            local: socket.local,
-            uid: socket.uid,
-            inode: socket.inode,
-        }));
+        found.extend(sock_diag::list(&kernel, family, BOUND_INACTIVE).unwrap_or_default());
     }
     Ok(found)
 }

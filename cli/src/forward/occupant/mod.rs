@@ -6,15 +6,9 @@ use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::Path;
 
-use super::spec::Protocol;
+use agent::sock_diag::Socket;
 
-/// A socket that has a port.
-#[derive(Debug, PartialEq, Eq)]
-struct Socket {
-    local: SocketAddr,
-    uid: u32,
-    inode: u64,
-}
+use super::spec::Protocol;
 
 /// Who has the port, to be read after "in use by".
 pub fn of(at: SocketAddr, protocol: Protocol) -> String {

@@ -128,6 +128,12 @@ fn a_guest_that_cannot_listen_says_why() {
     assert_eq!(forwarder.list().unwrap(), []);
 }
 
+/// Of each forward, whether the guest listens.
+fn answers(forwarder: &Forwarder) -> Vec<Option<bool>> {
+    let all = forwarder.list().unwrap();
+    all.iter().map(|forward| forward.answers).collect()
+}
+
 #[test]
 fn whoever_waits_for_all_goes_on_when_the_guest_has_answered_for_each() {
     let reverse = [5000, 5001].map(|port| format!("{port}:5432").parse().unwrap());
@@ -137,36 +143,18 @@ fn whoever_waits_for_all_goes_on_when_the_guest_has_answered_for_each() {
     });
     // There is nobody to answer yet.
     forwarder.await_reverses();
-    assert!(
-        forwarder
-            .list()
-            .unwrap()
-            .iter()
-            .all(|forward| forward.answers == Some(false))
-    );
+    assert_eq!(answers(&forwarder), [Some(false); 2]);
     let guest = FakeGuest::new();
     forwarder.attach(guest.clone()).unwrap();
     forwarder.await_reverses();
-    assert!(
-        forwarder
-            .list()
-            .unwrap()
-            .iter()
-            .all(|forward| forward.answers == Some(true))
-    );
+    assert_eq!(answers(&forwarder), [Some(true); 2]);
     guest.go();
     forwarder.await_reverses();
     let guest = FakeGuest::new();
     guest.refuse_binds("the port is taken");
     forwarder.attach(guest).unwrap();
     forwarder.await_reverses();
-    assert!(
-        forwarder
-            .list()
-            .unwrap()
-            .iter()
-            .all(|forward| forward.answers == Some(false))
-    );
+    assert_eq!(answers(&forwarder), [Some(false); 2]);
 }
 
 #[test]
