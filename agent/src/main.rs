@@ -28,6 +28,7 @@ mod serve;
 mod session;
 mod settings;
 mod signals;
+mod socket_option;
 mod spawn;
 mod stream;
 mod terminal;

@@ -30,10 +30,6 @@ const LARGE_FUNCTIONS: &[(&str, &str, &str)] = &[];
 const UNSAFE_FILES: &[(&str, &str)] = &[
     ("agent/src/console.rs", "dup2 onto its own standard streams"),
     ("agent/src/entropy.rs", "an ioctl of the entropy pool"),
-    (
-        "agent/src/forward/flow.rs",
-        "a socket option that nobody has a safe call for",
-    ),
     ("agent/src/init.rs", "fork while there is one thread"),
     ("agent/src/loopback.rs", "ioctls of a network interface"),
     (
@@ -45,16 +41,16 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "agent/src/mount/handle.rs",
         "system calls that no crate here has",
     ),
-    (
-        "agent/src/mount/tune.rs",
-        "socket options that nobody has safe calls for",
-    ),
     ("agent/src/power.rs", "signals to every process"),
     ("agent/src/priority.rs", "the scheduling of a thread"),
     ("agent/src/reap.rs", "fork"),
     ("agent/src/root/builtin.rs", "fork and exec"),
     ("agent/src/session.rs", "signals to a command's processes"),
     ("agent/src/signals.rs", "the signal mask and signalfd"),
+    (
+        "agent/src/socket_option.rs",
+        "socket options that nobody has safe calls for",
+    ),
     (
         "agent/src/spawn.rs",
         "what a child does between fork and exec",

@@ -5,7 +5,7 @@
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
@@ -13,6 +13,8 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recvfrom, sendto, socket_with,
     sockopt,
 };
+
+use crate::socket_option;
 
 /// Peers that may answer: the latest.
 const MAX_PEERS: usize = 32;
@@ -193,19 +195,5 @@ fn canonical(address: SocketAddr) -> SocketAddr {
 /// Has refused datagrams told of, which a socket that is not connected is not otherwise.
 fn ask_for_errors(socket: &OwnedFd, level: i32, option: i32) -> io::Result<()> {
     let on: libc::c_int = 1;
-    let length = size_of_val(&on) as libc::socklen_t;
-    // SAFETY: the value lives through the call, has the length given, and is only read.
-    let set = unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            level,
-            option,
-            (&raw const on).cast(),
-            length,
-        )
-    };
-    match set {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
-    }
+    socket_option::set(socket, level, option, on)
 }

@@ -3,7 +3,7 @@
 //! The thread accepts the host's connections and reads the first message of each ([`reactor`]).
 //! Those that ask for something in the guest stay with it, all others are handed on:
 //!
-//! - [`pair`], [`buffers`]: the host's connection joined to one in the guest;
+//! - [`pair`], [`pace`], [`buffers`]: the host's connection joined to one in the guest;
 //! - [`dial`], [`resolve`]: how the one in the guest is made, names and paths on threads of their own;
 //! - [`control`]: what the host asks for on the connection that controls forwards, with [`listen`] for
 //!   connections that begin in the guest;
@@ -23,6 +23,7 @@ mod handle;
 mod joining;
 mod listen;
 mod names;
+mod pace;
 mod pair;
 mod poller;
 mod reactor;

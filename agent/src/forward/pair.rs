@@ -11,8 +11,8 @@
 //! does, a reset overtakes what the other end has no room for, and nothing else.
 
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
@@ -20,6 +20,7 @@ use rustix::net::{AddressFamily, SendFlags, Shutdown, send, shutdown, sockopt};
 
 use super::buffers::{Buffers, Rest};
 use super::greeting::Caller;
+use super::pace::Pace;
 
 /// What is read at a time of a connection that has carried little so far, or takes little.
 const READ_SIZE_MIN: usize = 16 << 10;
@@ -52,6 +53,10 @@ pub enum Progress {
 pub struct Pair {
     host: End,
     guest: End,
+    /// Of what the host sends.
+    pace: Pace,
+    /// Whether events tell that the host takes more.
+    hears_of_room: bool,
 }
 
 #[derive(Debug)]
@@ -77,6 +82,8 @@ struct End {
     may_carry_descriptors: bool,
     /// Bytes to be read that are not for the other end.
     unread: usize,
+    /// Bytes that were read in this turn.
+    read: usize,
     /// How much is read for it at a time, as a power of two times [`READ_SIZE_MIN`].
     appetite: u8,
     /// What it did not take yet: never empty.
@@ -89,6 +96,8 @@ impl Pair {
         let mut pair = Self {
             host: End::new(host.connection, Side::Host),
             guest: End::new(guest, Side::Guest),
+            pace: Pace::new(),
+            hears_of_room: true,
         };
         pair.host.unread = host.unread;
         pair.guest.may_carry_descriptors = family == AddressFamily::UNIX;
@@ -113,9 +122,37 @@ impl Pair {
         }
     }
 
+    /// When to [`look`](Self::look), if ever.
+    pub fn next_look(&self) -> Option<Instant> {
+        self.pace.next_look()
+    }
+
+    /// Has the next turn read what may be there, though no event told of it.
+    pub fn look(&mut self, now: Instant) {
+        self.pace.look(&self.host.socket, now);
+        self.host.readable = true;
+    }
+
+    /// Whether events are to tell from now on that the host takes more, where that is news. Vsock tells of it with each
+    /// packet that comes, which would wake for each what is not to be woken so often.
+    pub fn changes_interest(&mut self) -> Option<bool> {
+        let wanted = self.next_look().is_none() || !self.host.writable;
+        let known = std::mem::replace(&mut self.hears_of_room, wanted);
+        (known != wanted).then_some(wanted)
+    }
+
+    /// The host's connection.
+    pub fn host(&self) -> BorrowedFd<'_> {
+        self.host.socket.as_fd()
+    }
+
     /// Carries up to one buffer each way.
     pub fn turn(&mut self, buffers: &mut Buffers) -> Progress {
         let in_ = self.host.carry_to(&mut self.guest, buffers);
+        let read = std::mem::take(&mut self.host.read);
+        if read > 0 {
+            self.pace.read(&self.host.socket, read, Instant::now());
+        }
         let out = self.guest.carry_to(&mut self.host, buffers);
         if self.host.broken || self.guest.broken {
             self.reset(buffers);
@@ -157,6 +194,7 @@ impl End {
             short_read_empties: false,
             may_carry_descriptors: false,
             unread: 0,
+            read: 0,
             appetite: 0,
             leftover: None,
         }
@@ -193,6 +231,7 @@ impl End {
                 Progress::Idle
             }
             Ok(length) => {
+                self.read += length;
                 let skipped = self.unread.min(length);
                 self.unread -= skipped;
                 to.take(skipped..length, buffers);

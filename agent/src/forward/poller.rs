@@ -57,6 +57,20 @@ impl Poller {
         Ok(epoll::modify(&self.epoll, descriptor, token.data(), EDGES)?)
     }
 
+    /// Has events tell that a watched descriptor takes more, or not; what is there already is told again.
+    pub fn watch_room(&self, descriptor: impl AsFd, token: Token, wanted: bool) -> io::Result<()> {
+        let events = match wanted {
+            true => EDGES,
+            false => EDGES.difference(EventFlags::OUT),
+        };
+        Ok(epoll::modify(
+            &self.epoll,
+            descriptor,
+            token.data(),
+            events,
+        )?)
+    }
+
     /// Watches it no more, though it stays open.
     pub fn forget(&self, descriptor: impl AsFd) -> io::Result<()> {
         Ok(epoll::delete(&self.epoll, descriptor)?)

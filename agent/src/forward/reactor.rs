@@ -193,10 +193,23 @@ impl Reactor {
     /// Takes an entry as far as it goes in one turn.
     fn turn(&mut self, index: Index) {
         if let Some(State::Pair(pair)) = self.states.get_mut(index) {
-            match pair.turn(&mut self.buffers) {
-                Progress::More => self.states.enqueue(index),
-                Progress::Idle => {}
-                Progress::Over => self.remove(index),
+            let look = pair.next_look();
+            let progress = pair.turn(&mut self.buffers);
+            if let Some(at) = pair.next_look().filter(|at| look != Some(*at)) {
+                self.poller.look_at(index, at);
+            }
+            let watched = pair.changes_interest().map_or(Ok(()), |wanted| {
+                let token = Token::Entry(index, Side::Host);
+                self.poller.watch_room(pair.host(), token, wanted)
+            });
+            match (progress, watched) {
+                (Progress::Over, _) => self.remove(index),
+                (_, Err(error)) => {
+                    eprintln!("mvm-agent: a connection from the host cannot be watched: {error}");
+                    self.remove(index);
+                }
+                (Progress::More, _) => self.states.enqueue(index),
+                (Progress::Idle, _) => {}
             }
             return;
         }
@@ -372,7 +385,14 @@ impl Reactor {
                         self.timed_out(state);
                     }
                 }
-                State::Greeting(_) | State::Pair(_) | State::Control(_) => self.remove(index),
+                State::Pair(pair) => {
+                    pair.look(now);
+                    if let Some(at) = pair.next_look() {
+                        self.poller.look_at(index, at);
+                    }
+                    self.states.enqueue(index);
+                }
+                State::Greeting(_) | State::Control(_) => self.remove(index),
             }
         }
         self.tell();
@@ -400,7 +420,8 @@ impl State {
             Self::Listening(listening) => listening.paused,
             Self::Watch(watch) => watch.next,
             Self::Carrier(carrier) => carrier.sweep,
-            Self::Pair(_) | Self::Control(_) => None,
+            Self::Pair(pair) => pair.next_look(),
+            Self::Control(_) => None,
         }
     }
 }

@@ -18,8 +18,8 @@ use super::ending::{Ending, Why};
 use super::order::{self, Replies};
 use super::outbox::{self, Outbox};
 use super::overlay::{self, Overlay};
-use super::tune;
 use crate::connection::Connection;
+use crate::socket_option;
 
 /// The longest message: 1 MiB of a file's data, headers, and two names; the server on the host asks for no more.
 const MAX_MESSAGE: usize = (1 << 20) + (8 << 10);
@@ -253,7 +253,7 @@ impl Inbox {
         while self.end < length {
             let piece = (length - self.end).min(largest);
             if piece != woken_at {
-                tune::wake_at(from, piece).map_err(lost)?;
+                socket_option::wake_at(from, piece).map_err(lost)?;
                 woken_at = piece;
             }
             let patience = (piece > 1).then_some(&STALLED);
@@ -265,7 +265,7 @@ impl Inbox {
         }
         match woken_at {
             1 => Ok(()),
-            _ => tune::wake_at(from, 1).map_err(lost),
+            _ => socket_option::wake_at(from, 1).map_err(lost),
         }
     }
 
