@@ -2,6 +2,24 @@
 
 use std::io::{self, IoSlice};
 
+/// What the other end may do, or leave, of its own accord: nothing depends on it but speed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Advice {
+    /// The entries of directory `dir` are looked up one by one: so many of them are better listed.
+    List {
+        /// The directory's node.
+        dir: u64,
+        /// How many entries, from the first one on.
+        entries: u32,
+    },
+    /// A file was made just now: it has no extended attributes but those that it was made with, and no
+    /// `security.capability`.
+    New {
+        /// The file's node.
+        node: u64,
+    },
+}
+
 /// Carries whole FUSE messages to and from one guest.
 ///
 /// A share may be served over several channels at once, and one channel by several threads, so all
@@ -20,6 +38,19 @@ pub trait Channel: Send + Sync {
     /// Where it cannot be sent. A reply to a request that was interrupted, and a notification of
     /// what the guest does not know, may be refused without the connection being broken.
     fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()>;
+
+    /// Whether there is somebody for advice.
+    fn takes_advice(&self) -> bool {
+        false
+    }
+
+    /// Sends a reply, and before it what whoever gets that is better to know.
+    ///
+    /// # Errors
+    /// Those of [`Channel::send`].
+    fn send_with_advice(&self, parts: &[IoSlice<'_>], _: Advice) -> io::Result<()> {
+        self.send(parts)
+    }
 
     /// Whether the other end answers `FUSE_RELEASE` and `FUSE_RELEASEDIR` itself, which have no outcome that
     /// somebody could look at: no reply to them is sent then.

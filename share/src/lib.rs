@@ -18,7 +18,7 @@ mod view;
 mod watch;
 pub mod wire;
 
-pub use channel::Channel;
+pub use channel::{Advice, Channel};
 pub use dispatch::{Answer, again, dispatch, give_up};
 pub use message::{Args, NAME_MAX, PATH_MAX, Reply, check_name, notification};
 pub use owner::{Ids, Owner, XATTR, XATTR_PREFIX};

@@ -59,7 +59,16 @@ fn attend(
         let (answer, bytes) = dispatch(share, message, &mut reply);
         match answer {
             Answer::Reply if channel.answers_releases() && is_release(message) => {}
-            Answer::Reply => send(channel, bytes)?,
+            Answer::Reply => match channel
+                .takes_advice()
+                .then(|| share.advice(message, bytes))
+                .flatten()
+            {
+                None => send(channel, bytes)?,
+                Some(advice) => {
+                    allow_interrupted(channel.send_with_advice(&[IoSlice::new(bytes)], advice))?;
+                }
+            },
             Answer::Later => {
                 if let Err(error) = later(message) {
                     tracing::warn!("a program of the guest cannot wait for a lock: {error}");
@@ -78,7 +87,11 @@ fn is_release(message: &[u8]) -> bool {
 }
 
 fn send(channel: &dyn Channel, bytes: &[u8]) -> io::Result<()> {
-    match channel.send(&[IoSlice::new(bytes)]) {
+    allow_interrupted(channel.send(&[IoSlice::new(bytes)]))
+}
+
+fn allow_interrupted(sent: io::Result<()>) -> io::Result<()> {
+    match sent {
         // The request was interrupted, and nobody waits for its reply any more.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         outcome => outcome,

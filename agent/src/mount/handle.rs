@@ -11,6 +11,9 @@ const MAX_BYTES: usize = 128;
 /// FUSE's handles: a node's number in two halves, the upper one first, and its generation.
 const FUSE_BYTES: usize = 12;
 
+/// Their kind: `FILEID_INO64_GEN` of the kernel's include/linux/exportfs.h.
+const FUSE_KIND: i32 = 0x81;
+
 /// What the kernel calls a file, whatever its path.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Handle {
@@ -38,6 +41,16 @@ impl Handle {
             kind: i32::from_str_radix(kind, 16).ok()?,
             bytes: pairs.iter().map(byte).collect::<Option<_>>()?,
         })
+    }
+
+    /// The handle of a FUSE filesystem's node, whose generation is 0: the host does not use a number again.
+    pub fn of_node(node: u64) -> Self {
+        let [upper, lower] = [node >> 32, node & u64::from(u32::MAX)];
+        let words = [upper, lower, 0].map(|word| (word as u32).to_ne_bytes());
+        Self {
+            kind: FUSE_KIND,
+            bytes: words.concat().into(),
+        }
     }
 
     /// The handle of what `file` has open.
@@ -146,6 +159,11 @@ mod tests {
         let handle = Handle::parse("81", "0100000002000000ffff0000").unwrap();
         assert_eq!(handle.kind, 0x81);
         assert_eq!(handle.node(), Some(1 << 32 | 2));
+        let node = Handle::of_node(1 << 32 | 2);
+        assert_eq!(
+            node,
+            Handle::parse("81", "010000000200000000000000").unwrap()
+        );
         assert_eq!(Handle::parse("1", "a7c4030000000000").unwrap().node(), None);
         for (kind, hex) in [("81", ""), ("81", "0"), ("81", "0x"), ("x", "00")] {
             assert_eq!(Handle::parse(kind, hex), None, "{kind} {hex}");

@@ -6,10 +6,12 @@
 //! is freed. Nothing waits for the host without being woken by the end of its connections: that
 //! has the kernel give up the mount, and whoever waits for it gets an error.
 
+mod ahead;
 mod alarm;
 mod attach;
 mod device;
 mod ending;
+mod fresh;
 mod handle;
 mod order;
 mod outbox;
@@ -38,10 +40,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::mount::UnmountFlags;
 
+use self::ahead::Ahead;
 use self::alarm::Alarm;
 use self::attach::{Attached, Filesystem, Place, Refusal};
 use self::ending::{Ending, Why};
-use self::order::Replies;
+use self::fresh::Fresh;
+use self::order::{Advice, Replies};
 use self::outbox::Outbox;
 use self::overlay::Overlay;
 use self::point::Point;
@@ -96,6 +100,8 @@ struct Carrying {
     /// Names below an overlay have changed.
     changed: Arc<Alarm>,
     overlay: Arc<Overlay>,
+    fresh: Arc<Fresh>,
+    ahead: Arc<Ahead>,
     pumps: Vec<JoinHandle<()>>,
 }
 
@@ -109,8 +115,8 @@ impl Folder {
         }
         let device = Arc::new(device::open_new()?);
         let filesystem = Filesystem::new(&device, request)?;
-        let carrying = Carrying::start(machine, request, device, &filesystem)?;
-        match Self::attach(machine, request, filesystem, &carrying) {
+        let mut carrying = Carrying::start(machine, request, device, &filesystem)?;
+        match Self::attach(machine, request, filesystem, &mut carrying) {
             Ok((attached, replayer)) => Ok(Self {
                 carrying,
                 attached,
@@ -127,7 +133,7 @@ impl Folder {
         machine: &Machine,
         request: &Mount,
         filesystem: Filesystem,
-        carrying: &Carrying,
+        carrying: &mut Carrying,
     ) -> Result<(Arc<Attached>, Replayer), String> {
         filesystem
             .try_out()
@@ -157,7 +163,12 @@ impl Folder {
         let attached = Arc::new(attached);
         tune::read_ahead(attached.device);
         let (tree, device) = (Arc::clone(&machine.root), Arc::clone(&carrying.device));
-        let replayer = Replayer::start(Arc::clone(&attached), tree, device).map_err(|error| {
+        let (ahead, listed) = (Arc::clone(&carrying.ahead), Arc::clone(&attached));
+        let started = pump::start_ahead(ahead, listed, Arc::clone(&tree)).and_then(|listing| {
+            carrying.pumps.push(listing);
+            Replayer::start(Arc::clone(&attached), tree, device)
+        });
+        let replayer = started.map_err(|error| {
             // What is mounted is seen by nobody yet who could use it.
             let _ = attached.unmount(UnmountFlags::DETACH);
             format!("no thread can be started for the shared folder: {error}")
@@ -304,6 +315,8 @@ impl Carrying {
                 false => Overlay::none(),
             }),
             changed,
+            fresh: Arc::default(),
+            ahead: Arc::default(),
             pumps: Vec::new(),
         };
         match carrying.start_all(streams, is_below_overlay) {
@@ -339,8 +352,13 @@ impl Carrying {
         let ending = || Arc::clone(&self.ending);
         let given = Arc::clone(&self.replies);
         let MountStream::Requests { queue } = kind else {
-            let (device, overlay) = (Arc::clone(device), Arc::clone(&self.overlay));
-            let pump = pump::start_notifications(stream, device, given, overlay, ending())?;
+            let (overlay, fresh) = (Arc::clone(&self.overlay), Arc::clone(&self.fresh));
+            let note = move |notification: &[u8]| {
+                overlay.note(notification);
+                fresh.note(notification);
+            };
+            let device = Arc::clone(device);
+            let pump = pump::start_notifications(stream, device, given, note, ending())?;
             self.pumps.push(pump);
             return Ok(());
         };
@@ -350,11 +368,17 @@ impl Carrying {
             _ => Arc::new(device::clone(device)?),
         };
         let counted = move || given.count(queue);
-        let replies =
-            pump::start_replies(Arc::clone(&stream), Arc::clone(&own), counted, ending())?;
+        let (fresh, ahead) = (Arc::clone(&self.fresh), Arc::clone(&self.ahead));
+        let advised = move |advice: Advice| match advice {
+            Advice::List { directory, entries } => ahead.want(directory, entries),
+            Advice::New { node } => fresh.add(node),
+        };
+        let (from, to) = (Arc::clone(&stream), Arc::clone(&own));
+        let replies = pump::start_replies(from, to, counted, advised, ending())?;
         self.pumps.push(replies);
         let outbox = Arc::new(Outbox::new(stream, Arc::clone(&self.held_back)));
-        let requests = pump::start_requests(own, Arc::clone(&outbox), ending())?;
+        let fresh = Arc::clone(&self.fresh);
+        let requests = pump::start_requests(own, Arc::clone(&outbox), fresh, ending())?;
         self.pumps.push(requests);
         self.outboxes.push(outbox);
         Ok(())
@@ -366,6 +390,7 @@ impl Carrying {
         self.replies.end();
         self.held_back.end();
         self.changed.end();
+        self.ahead.end();
         for stream in &self.streams {
             stream.hang_up();
         }

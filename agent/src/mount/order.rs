@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use agent::protocol::AFTER_REPLIES;
+use agent::protocol::{AFTER_REPLIES, LIST, NEW};
 
 /// `fuse_out_header`: u32 length, i32 error, u64 unique.
 const HEADER: usize = 16;
@@ -81,9 +81,38 @@ impl Replies {
 
 /// What has to be waited for, where `message` says so and is nothing for the kernel.
 pub fn counts(message: &[u8]) -> Option<impl Iterator<Item = u64> + Clone> {
+    numbers(message, AFTER_REPLIES)
+}
+
+/// What a message among replies tells the agent.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Advice {
+    /// So many entries of a directory are to be listed.
+    List { directory: u64, entries: u64 },
+    /// A file was made just now.
+    New { node: u64 },
+}
+
+/// What the host advises, where `message` says so and is nothing for the kernel.
+pub fn advice(message: &[u8]) -> Option<Advice> {
+    // No reply has a positive number there.
+    let is_reply = i32::from_le_bytes(*message.get(4..)?.first_chunk()?) <= 0;
+    if is_reply {
+        return None;
+    }
+    if let Some(mut numbers) = numbers(message, LIST) {
+        let (directory, entries) = (numbers.next()?, numbers.next()?);
+        return Some(Advice::List { directory, entries });
+    }
+    let node = numbers(message, NEW)?.next()?;
+    Some(Advice::New { node })
+}
+
+/// The numbers of a message for the agent of this kind.
+fn numbers(message: &[u8], kind: i32) -> Option<impl Iterator<Item = u64> + Clone> {
     let (header, rest) = message.split_at_checked(HEADER)?;
     let (error, unique) = header.get(4..)?.split_first_chunk::<4>()?;
-    if i32::from_le_bytes(*error) != AFTER_REPLIES || unique != [0; 8] {
+    if i32::from_le_bytes(*error) != kind || unique != [0; 8] {
         return None;
     }
     let (numbers, _) = rest.as_chunks::<8>();
@@ -116,6 +145,30 @@ mod tests {
         reply[8] = 1;
         assert!(counts(&reply).is_none());
         assert!(counts(&[0; 15]).is_none());
+    }
+
+    #[test]
+    fn advice_is_told_from_replies_and_notifications() {
+        let told = |kind: i32, numbers: &[u64]| {
+            let mut message = message(numbers);
+            message[4..8].copy_from_slice(&kind.to_le_bytes());
+            advice(&message)
+        };
+        let (directory, entries) = (1 << 40, 24);
+        let list = Advice::List { directory, entries };
+        assert_eq!(told(LIST, &[directory, entries]), Some(list));
+        assert_eq!(told(NEW, &[7]), Some(Advice::New { node: 7 }));
+        for nothing in [told(LIST, &[1]), told(NEW, &[]), told(0, &[7, 7])] {
+            assert_eq!(nothing, None);
+        }
+        for notification in [
+            told(3, &[7, 7]),
+            told(-libc::ENOENT, &[]),
+            told(AFTER_REPLIES, &[1]),
+        ] {
+            assert_eq!(notification, None);
+        }
+        assert_eq!(advice(&[0; 7]), None);
     }
 
     #[test]

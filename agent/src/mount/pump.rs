@@ -13,13 +13,17 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
+use super::ahead::Ahead;
 use super::alarm::Alarm;
+use super::attach::Attached;
 use super::ending::{Ending, Why};
-use super::order::{self, Replies};
+use super::fresh::Fresh;
+use super::order::{self, Advice, Replies};
 use super::outbox::{self, Outbox};
-use super::overlay::{self, Overlay};
+use super::overlay;
 use crate::connection::Connection;
 use crate::socket_option;
+use crate::tree::Tree;
 
 /// The longest message: 1 MiB of a file's data, headers, and two names; the server on the host asks for no more.
 const MAX_MESSAGE: usize = (1 << 20) + (8 << 10);
@@ -46,30 +50,39 @@ const STACK: usize = 64 << 10;
 pub fn start_requests(
     from: Arc<OwnedFd>,
     to: Arc<Outbox>,
+    fresh: Arc<Fresh>,
     ending: Arc<Ending>,
 ) -> io::Result<JoinHandle<()>> {
     start("fuse-requests", move || {
-        ending.announce(carry_requests(&from, &to));
+        ending.announce(carry_requests(&from, &to, &fresh));
     })
 }
 
-/// Starts the thread that carries the host's replies to the kernel, and calls `given` after each.
+/// Starts the thread that carries the host's replies to the kernel, and calls `given` after each; what is advice
+/// goes to `advised`.
 pub fn start_replies(
     from: Arc<Connection>,
     to: Arc<OwnedFd>,
     given: impl Fn() + Send + 'static,
+    advised: impl Fn(Advice) + Send + 'static,
     ending: Arc<Ending>,
 ) -> io::Result<JoinHandle<()>> {
     start("fuse-replies", move || {
-        let mut tell = |message: &[u8]| match rustix::io::write(&*to, message) {
-            // The request was interrupted, and nobody waits for its reply any more.
-            Ok(_) | Err(Errno::NOENT) => {
-                given();
-                Ok(())
+        let mut tell = |message: &[u8]| {
+            if let Some(advice) = order::advice(message) {
+                advised(advice);
+                return Ok(());
             }
-            Err(errno) => Err(Why::Failed(format!(
-                "the kernel refuses a reply of the host: {errno}"
-            ))),
+            match rustix::io::write(&*to, message) {
+                // The request was interrupted, and nobody waits for its reply any more.
+                Ok(_) | Err(Errno::NOENT) => {
+                    given();
+                    Ok(())
+                }
+                Err(errno) => Err(Why::Failed(format!(
+                    "the kernel refuses a reply of the host: {errno}"
+                ))),
+            }
         };
         let Err(why) = carry_to_kernel(&from, &mut tell);
         ending.announce(why);
@@ -77,12 +90,12 @@ pub fn start_replies(
 }
 
 /// Starts the thread that carries the host's notifications to the kernel, which may refuse them: they are of
-/// things that it does not know, or is about to forget.
+/// things that it does not know, or is about to forget. Calls `note` with those that were of something it knew.
 pub fn start_notifications(
     from: Arc<Connection>,
     to: Arc<OwnedFd>,
     after: Arc<Replies>,
-    overlay: Arc<Overlay>,
+    note: impl Fn(&[u8]) + Send + 'static,
     ending: Arc<Ending>,
 ) -> io::Result<JoinHandle<()>> {
     start("fuse-notices", move || {
@@ -93,7 +106,7 @@ pub fn start_notifications(
             },
             None => {
                 if notify(&to, message)? {
-                    overlay.note(message);
+                    note(message);
                 }
                 Ok(())
             }
@@ -141,8 +154,17 @@ pub fn start_forgetting(alarm: Arc<Alarm>) -> io::Result<JoinHandle<()>> {
     })
 }
 
+/// Starts the thread that lists directories of a folder ahead of who looks up their entries.
+pub fn start_ahead(
+    ahead: Arc<Ahead>,
+    attached: Arc<Attached>,
+    root: Arc<Tree>,
+) -> io::Result<JoinHandle<()>> {
+    start("fuse-ahead", move || ahead.attend(&attached, &root))
+}
+
 /// Returns why there are no more.
-fn carry_requests(from: &OwnedFd, to: &Outbox) -> Why {
+fn carry_requests(from: &OwnedFd, to: &Outbox, fresh: &Fresh) -> Why {
     let mut buffer = vec![0u8; MAX_MESSAGE];
     loop {
         let length = match rustix::io::read(from, &mut *buffer) {
@@ -153,11 +175,18 @@ fn carry_requests(from: &OwnedFd, to: &Outbox) -> Why {
             Err(errno) => return Why::Failed(format!("{errno} from the kernel's FUSE")),
         };
         let request = buffer.get(..length).unwrap_or_default();
+        // A reply is refused only where the mount has ended, which the next read says too.
+        let answer = |reply: &[u8]| {
+            let _ = rustix::io::write(from, reply);
+        };
+        if let Some(reply) = fresh.reply_to(request) {
+            answer(&reply);
+            continue;
+        }
         let sent = match outbox::reply_to(request) {
             None => to.send(request),
             Some(reply) => {
-                // Refused only where the mount has ended, which the next read says too.
-                let _ = rustix::io::write(from, &reply);
+                answer(&reply);
                 match outbox::can_wait(request) {
                     true => to.hold(request),
                     false => to.send(request),

@@ -54,6 +54,15 @@ pub enum MountStream {
 /// Behind its header (`unique` is 0) are these numbers for queue 0, 1 and so on: u64, little endian.
 pub const AFTER_REPLIES: i32 = i32::MAX;
 
+/// The `error` of a message among replies that is for the agent and not for the kernel: behind its header
+/// (`unique` is 0) are the number of a directory's node, and how many of its entries are better listed than looked up
+/// one by one; both are u64, little endian.
+pub const LIST: i32 = i32::MAX - 1;
+
+/// The same for the number of a node, u64, that was made just now and has no extended attribute
+/// `security.capability`.
+pub const NEW: i32 = i32::MAX - 2;
+
 /// From the host, on a mount's connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToMount {

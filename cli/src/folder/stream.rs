@@ -10,9 +10,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
-use agent::protocol::AFTER_REPLIES;
-use share::Channel;
+use agent::protocol::{AFTER_REPLIES, LIST, NEW};
 use share::wire::Opcode;
+use share::{Advice, Channel};
 
 /// How much is read at a time, bytes: many small requests, or the beginning of a large one, whose rest is
 /// read to where it belongs.
@@ -124,6 +124,20 @@ impl Channel for Queue {
         write_all(&self.stream, parts)?;
         self.replies.fetch_add(1, Ordering::Release);
         Ok(())
+    }
+
+    fn takes_advice(&self) -> bool {
+        true
+    }
+
+    fn send_with_advice(&self, parts: &[IoSlice<'_>], advice: Advice) -> io::Result<()> {
+        let advice = match advice {
+            Advice::List { dir, entries } => for_agent(LIST, &[dir, entries.into()]),
+            Advice::New { node } => for_agent(NEW, &[node]),
+        };
+        let mut both = vec![IoSlice::new(&advice)];
+        both.extend(parts);
+        self.send(&both)
     }
 
     fn answers_releases(&self) -> bool {
@@ -245,22 +259,23 @@ impl Channel for Notices {
             .map(|queue| queue.replies.load(Ordering::Acquire))
             .collect();
         if sent != *told {
-            write_all(&self.stream, &[IoSlice::new(&after(&sent))])?;
+            let after = for_agent(AFTER_REPLIES, &sent);
+            write_all(&self.stream, &[IoSlice::new(&after)])?;
             *told = sent;
         }
         write_all(&self.stream, parts)
     }
 }
 
-/// What tells the agent to wait for so many replies of each queue.
-fn after(replies: &[u64]) -> Vec<u8> {
-    let length = NOTICE_HEADER + size_of_val(replies);
+/// A message for the agent, of this kind and with these numbers.
+fn for_agent(kind: i32, numbers: &[u64]) -> Vec<u8> {
+    let length = NOTICE_HEADER + size_of_val(numbers);
     let mut message = Vec::with_capacity(length);
     message.extend(u32::try_from(length).unwrap_or(u32::MAX).to_ne_bytes());
-    message.extend(AFTER_REPLIES.to_ne_bytes());
+    message.extend(kind.to_ne_bytes());
     message.extend(0_u64.to_ne_bytes());
-    for count in replies {
-        message.extend(count.to_le_bytes());
+    for number in numbers {
+        message.extend(number.to_le_bytes());
     }
     message
 }

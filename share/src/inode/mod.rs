@@ -55,6 +55,10 @@ pub(crate) struct Inode {
     held: Mutex<Option<Arc<Held>>>,
     /// Whether the descriptor was used since it was last looked at.
     used: AtomicBool,
+    /// Whether it was made just now, and nobody was told.
+    pub is_new: AtomicBool,
+    /// How many of a directory's names were looked up and found.
+    pub found: AtomicU32,
     /// How many handles are open on it.
     pub handles: AtomicU32,
     /// Whether the guest sees it setuid or setgid, or may: to be taken away when it is written.
@@ -204,6 +208,8 @@ impl Inodes {
             place: Mutex::new(None),
             held: Mutex::new(None),
             used: AtomicBool::new(true),
+            is_new: AtomicBool::new(false),
+            found: AtomicU32::new(0),
             handles: AtomicU32::new(0),
             privileged: AtomicBool::new(false),
             remembered: Mutex::new(None),

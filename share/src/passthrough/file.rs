@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use rustix::fs::{FallocateFlags, FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
@@ -127,6 +128,7 @@ impl Share {
         };
         let held = self.fds.hold_again(file.as_fd())?;
         let (inode, entry) = self.made(&making, (parent, &dir), name, Some(held))?;
+        inode.is_new.store(true, Ordering::Relaxed);
         match self.opened(inode, file) {
             Ok(open) => Ok((entry, open)),
             Err(errno) => {

@@ -4,6 +4,7 @@
 //! it was shown; here it is seen to that nothing but the share is reached, and that it stays what
 //! the host's user may do.
 
+mod advice;
 mod attr;
 mod entry;
 mod file;

@@ -2,6 +2,7 @@
 //!
 //! They need root and FUSE, and say where they are skipped.
 
+mod advising;
 mod mounting;
 mod replaying;
 
@@ -15,9 +16,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
-use agent::protocol::{self, FromMount, Mount, MountPoint, MountStream, Mounted, Open, ToMount};
+use agent::protocol::{
+    self, FromMount, LIST, Mount, MountPoint, MountStream, Mounted, NEW, Open, ToMount,
+};
 use rustix::mount::UnmountFlags;
-use share::{Channel, HostEvent, Options, Share};
+use share::{Advice, Channel, HostEvent, Options, Share};
 
 use crate::tests::connect;
 
@@ -28,13 +31,16 @@ const QUEUES: u32 = 3;
 struct Queue {
     from: Mutex<UnixStream>,
     to: Mutex<UnixStream>,
+    /// The opcodes of all requests.
+    seen: Arc<Mutex<Vec<u32>>>,
 }
 
 impl Queue {
-    fn new(stream: &UnixStream) -> Self {
+    fn new(stream: &UnixStream, seen: &Arc<Mutex<Vec<u32>>>) -> Self {
         Self {
             from: Mutex::new(stream.try_clone().unwrap()),
             to: Mutex::new(stream.try_clone().unwrap()),
+            seen: Arc::clone(seen),
         }
     }
 }
@@ -48,12 +54,33 @@ impl Channel for Queue {
         }
         let length = u32::from_le_bytes(buffer[..4].try_into().unwrap()) as usize;
         from.read_exact(&mut buffer[4..length])?;
+        let opcode = u32::from_le_bytes(buffer[4..8].try_into().unwrap());
+        self.seen.lock().unwrap().push(opcode);
         Ok(length)
     }
 
     fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
         let parts: Vec<&[u8]> = parts.iter().map(|part| &**part).collect();
         self.to.lock().unwrap().write_all(&parts.concat())
+    }
+
+    fn takes_advice(&self) -> bool {
+        true
+    }
+
+    fn send_with_advice(&self, parts: &[IoSlice<'_>], advice: Advice) -> io::Result<()> {
+        let (kind, numbers) = match advice {
+            Advice::List { dir, entries } => (LIST, vec![dir, entries.into()]),
+            Advice::New { node } => (NEW, vec![node]),
+        };
+        let length = u32::try_from(16 + 8 * numbers.len()).unwrap();
+        let mut message = length.to_le_bytes().to_vec();
+        message.extend(kind.to_le_bytes());
+        message.extend([0; 8]);
+        message.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
+        let mut both = vec![IoSlice::new(&message)];
+        both.extend(parts);
+        self.send(&both)
     }
 
     fn answers_releases(&self) -> bool {
@@ -85,6 +112,8 @@ pub struct Folder {
     pub control: UnixStream,
     pub share: Arc<Share>,
     pub streams: Vec<UnixStream>,
+    /// The opcodes of all requests so far.
+    pub seen: Arc<Mutex<Vec<u32>>>,
     /// The thread that does the host's changes again.
     pub replayer: u32,
     /// What was done on the host.
@@ -128,11 +157,12 @@ impl Folder {
         let share = Arc::new(Share::open(source, options).unwrap());
         let (mount, control) = ask(asked);
         let mut streams = Vec::new();
+        let seen = Arc::default();
         for queue in 0..asked.queues {
             let kind = MountStream::Requests { queue };
             let stream = connect(&Open::MountStream { mount, kind });
             stream.set_read_timeout(None).unwrap();
-            let (queue, served) = (Queue::new(&stream), share.clone());
+            let (queue, served) = (Queue::new(&stream, &seen), share.clone());
             thread::spawn(move || {
                 // A queue may break off in the middle of a message when the test ends it.
                 let _ = share::serve(&served, &queue);
@@ -141,7 +171,7 @@ impl Folder {
         }
         let kind = MountStream::Notifications;
         let stream = connect(&Open::MountStream { mount, kind });
-        let (notices, watched) = (Queue::new(&stream), share.clone());
+        let (notices, watched) = (Queue::new(&stream, &seen), share.clone());
         let (tell, events) = mpsc::channel();
         thread::spawn(move || {
             let mut tell = |events: &[HostEvent]| {
@@ -158,6 +188,7 @@ impl Folder {
                 control,
                 share,
                 streams,
+                seen,
             }),
             FromMount::Mounted(Err(why)) => Err(why),
             other => panic!("{other:?}"),
