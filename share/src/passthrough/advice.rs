@@ -10,10 +10,11 @@ use crate::wire::{EntryOut, InHeader, OUT_HEADER_LEN, Opcode};
 
 /// How many names are looked up before it is worth to list their directory, as they come with their attributes then;
 /// and twice as many the next time, and so on.
-const LOOKUPS: u32 = 3;
+const LOOKUPS: u32 = 2;
 
-/// How many entries are listed for each name that was looked up: a third of a request, whatever the directory's size.
-const ENTRIES: u32 = 8;
+/// How many entries are listed for each name that was looked up: less than one request brings, whatever the
+/// directory's size.
+const ENTRIES: u32 = 16;
 
 impl Share {
     /// What to advise with the reply to `message`, whose bytes are `reply`.
