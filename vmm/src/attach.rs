@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 
 use devices::bus::{BusDevice, BusError};
-use devices::interrupt::Interrupt;
 use devices::power::{I8042, I8042_LEN, I8042_PORT, POWER_LEN, Power, PowerEvent};
 use devices::serial::{COM1_IRQ, COM1_LEN, COM1_PORT, Serial};
 use devices::virtio::VirtioDevice;
@@ -274,8 +273,8 @@ impl<'a> Board<'a> {
             });
         }
         let address = layout::VIRTIO_MMIO_START + u64::from(index) * MMIO_SIZE;
-        let interrupt = Arc::new(Interrupt::new(self.line(name, gsi)?));
-        let transport = MmioTransport::new(device, self.memory.clone(), interrupt)
+        let line = self.line(name, gsi)?;
+        let transport = MmioTransport::new(device, self.memory.clone(), line)
             .map_err(make(name))
             .map(Arc::new)?;
         notify::queue_notifications(self.vm.fd(), address, transport.kicks())
