@@ -6,14 +6,13 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 
 use devices::bus::{BusDevice, BusError};
-use devices::interrupt::Interrupt;
 use devices::power::{I8042, I8042_LEN, I8042_PORT, POWER_LEN, Power, PowerEvent};
 use devices::serial::{COM1_IRQ, COM1_LEN, COM1_PORT, Serial};
 use devices::virtio::VirtioDevice;
 use devices::virtio::balloon::{Balloon, BalloonConfig, BalloonHandle};
 use devices::virtio::block::disk::{DiskError, open_image};
 use devices::virtio::block::{Block, BlockConfig, BlockError};
-use devices::virtio::mmio::{MMIO_SIZE, MmioTransport};
+use devices::virtio::mmio::{MMIO_SIZE, MmioTransport, PAGE_OFFSET};
 use devices::virtio::net::{self, Net, NetError, Tap, TapError};
 use devices::virtio::rng::Rng;
 use devices::virtio::vsock::uds::{UdsError, VsockUds};
@@ -115,7 +114,7 @@ pub struct Devices {
 /// Makes the devices that `config` asks for; takes the console and the network card out of it.
 pub fn devices(
     config: &mut MachineConfig,
-    vm: &Vm,
+    vm: &mut Vm,
     memory: &GuestMemoryMmap,
 ) -> Result<Devices, AttachError> {
     let mut board = Board::new(vm, memory);
@@ -153,7 +152,7 @@ pub fn devices(
 
 /// A machine whose devices are being placed.
 struct Board<'a> {
-    vm: &'a Vm,
+    vm: &'a mut Vm,
     memory: &'a GuestMemoryMmap,
     buses: Buses,
     nodes: Vec<VirtioNode>,
@@ -165,7 +164,7 @@ type Sockets = (Option<VsockHandle>, Option<VsockUds>);
 type Platform = (Arc<Serial>, Arc<Power>, Receiver<PowerEvent>);
 
 impl<'a> Board<'a> {
-    fn new(vm: &'a Vm, memory: &'a GuestMemoryMmap) -> Self {
+    fn new(vm: &'a mut Vm, memory: &'a GuestMemoryMmap) -> Self {
         Self {
             vm,
             memory,
@@ -273,13 +272,16 @@ impl<'a> Board<'a> {
                 max: self.nodes.len(),
             });
         }
-        let address = layout::VIRTIO_MMIO_START + u64::from(index) * MMIO_SIZE;
-        let interrupt = Arc::new(Interrupt::new(self.line(name, gsi)?));
-        let transport = MmioTransport::new(device, self.memory.clone(), interrupt)
+        let address = layout::virtio_mmio(index);
+        let line = self.line(name, gsi)?;
+        let transport = MmioTransport::new(device, self.memory.clone(), line)
             .map_err(make(name))
             .map(Arc::new)?;
+        self.vm
+            .show(address - PAGE_OFFSET, transport.page().clone());
         notify::queue_notifications(self.vm.fd(), address, transport.kicks())
             .map_err(joined(name))?;
+        notify::acknowledgements(self.vm.fd(), address).map_err(joined(name))?;
         self.buses
             .mmio
             .insert(address, MMIO_SIZE, transport.clone())

@@ -93,10 +93,10 @@ pub fn prepare(mut config: MachineConfig) -> Result<Machine, LaunchError> {
     cmdline::check(&config.cmdline)?;
     vcpu::install_kick_handler().map_err(LaunchError::Thread)?;
     let memory = memory::create(config.memory)?;
-    let vm = Vm::new(config.cpus, &memory)?;
+    let mut vm = Vm::new(config.cpus, &memory)?;
     timings.vm = watch.lap();
 
-    let devices = attach::devices(&mut config, &vm, &memory)?;
+    let devices = attach::devices(&mut config, &mut vm, &memory)?;
     timings.devices = watch.lap();
 
     let ram_end = layout::low_ram_end(config.memory);

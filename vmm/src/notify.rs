@@ -1,7 +1,7 @@
 //! Eventfds joined to KVM: a queue notification reaches a worker, and an interrupt reaches the
-//! guest, without an exit to user space.
+//! guest and is acknowledged, without an exit to user space.
 
-use devices::virtio::mmio::QUEUE_NOTIFY;
+use devices::virtio::mmio::{INT_VRING, INTERRUPT_ACK, QUEUE_NOTIFY};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -20,8 +20,8 @@ pub enum NotifyError {
         /// The ioctl's error.
         source: kvm_ioctls::Error,
     },
-    /// The notification register.
-    #[error("KVM refused an eventfd for the notification register at {address:#x}")]
+    /// A register.
+    #[error("KVM refused an eventfd for the register at {address:#x}")]
     Ioeventfd {
         /// Its guest physical address.
         address: u64,
@@ -51,4 +51,15 @@ pub fn queue_notifications<'a>(
             .map_err(|source| NotifyError::Ioeventfd { address, source })?;
     }
     Ok(())
+}
+
+/// Has KVM take it when the driver of the transport at `base` acknowledges an interrupt for used
+/// buffers, so that nobody leaves the guest for that.
+pub fn acknowledgements(vm: &VmFd, base: u64) -> Result<(), NotifyError> {
+    let address = base + INTERRUPT_ACK;
+    // KVM keeps what it needs of an eventfd that is closed here. Nobody reads its counter, which
+    // stays at its largest value should it ever get there.
+    let nobody = EventFd::new(EFD_NONBLOCK).map_err(NotifyError::EventFd)?;
+    vm.register_ioevent(&nobody, &IoEventAddress::Mmio(address), INT_VRING)
+        .map_err(|source| NotifyError::Ioeventfd { address, source })
 }

@@ -24,7 +24,7 @@ const RESET: u16 = 0x603;
 const I8042_COMMAND: u16 = 0x64;
 /// SLP_TYP 5 and SLP_EN.
 const S5: u8 = 5 << 2 | 1 << 5;
-const FIRST_VIRTIO: u32 = 0xd000_0000;
+const FIRST_VIRTIO: u32 = 0xd000_0f00;
 
 /// 32-bit machine code, a method an instruction or two.
 #[derive(Default)]
@@ -263,6 +263,27 @@ fn a_virtio_device_answers_where_acpi_says_and_bad_notifications_do_nothing() {
         .power_off();
     if let Some(result) = run(guest) {
         assert_eq!(result, (Outcome::PowerOff, b"virt\x04\0\0\0".to_vec()));
+    }
+}
+
+#[test]
+fn what_a_driver_selects_is_what_it_reads_and_nothing_else_can_be_written() {
+    const DEVICE_FEATURES: u32 = FIRST_VIRTIO + 0x10;
+    const DEVICE_FEATURES_SEL: u32 = FIRST_VIRTIO + 0x14;
+    const INTERRUPT_ACK: u32 = FIRST_VIRTIO + 0x64;
+    let guest = Guest::new()
+        .store_u32(DEVICE_FEATURES_SEL, 1)
+        .print_u32(DEVICE_FEATURES)
+        .store_u32(DEVICE_FEATURES_SEL, 2)
+        .print_u32(DEVICE_FEATURES)
+        .store_u32(INTERRUPT_ACK, 1)
+        .store_u32(INTERRUPT_ACK, 3)
+        .store_u32(FIRST_VIRTIO, 7)
+        .print_u32(FIRST_VIRTIO)
+        .power_off();
+    if let Some(result) = run(guest) {
+        let printed = b"\x01\0\0\0\0\0\0\0virt".to_vec();
+        assert_eq!(result, (Outcome::PowerOff, printed));
     }
 }
 

@@ -59,7 +59,6 @@ pub struct MockQueue {
 pub struct MockDriver {
     transport: Arc<MmioTransport>,
     memory: GuestMemoryMmap,
-    interrupt: Arc<Interrupt>,
     queues: Vec<MockQueue>,
     features: u64,
     next_free: u64,
@@ -77,12 +76,11 @@ impl MockDriver {
             (GuestAddress(HIGH_REGION), REGION_SIZE),
         ])
         .map_err(io::Error::other)?;
-        let interrupt = Arc::new(Interrupt::new(EventFd::new(EFD_NONBLOCK)?));
-        let transport = MmioTransport::new(device, memory.clone(), interrupt.clone())?;
+        let line = EventFd::new(EFD_NONBLOCK)?;
+        let transport = MmioTransport::new(device, memory.clone(), line)?;
         Ok(Self {
             transport: Arc::new(transport),
             memory,
-            interrupt,
             queues: Vec::new(),
             features: 0,
             next_free: PAGE,
@@ -128,7 +126,7 @@ impl MockDriver {
 
     /// The device's interrupt.
     pub fn interrupt(&self) -> &Arc<Interrupt> {
-        &self.interrupt
+        self.transport.interrupt()
     }
 
     /// The feature bits that both sides accepted.

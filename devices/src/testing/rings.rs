@@ -242,7 +242,7 @@ impl MockDriver {
     pub(super) fn wait_interrupt(&self, deadline: Instant) -> bool {
         let left = deadline.saturating_duration_since(Instant::now());
         let mut poll = libc::pollfd {
-            fd: self.interrupt.line().as_raw_fd(),
+            fd: self.interrupt().line().as_raw_fd(),
             events: libc::POLLIN,
             revents: 0,
         };
@@ -252,7 +252,7 @@ impl MockDriver {
         if ready <= 0 {
             return false;
         }
-        let _ = self.interrupt.line().read();
+        let _ = self.interrupt().line().read();
         let pending = self.read32(VIRTIO_MMIO_INTERRUPT_STATUS);
         self.write32(VIRTIO_MMIO_INTERRUPT_ACK, pending);
         true

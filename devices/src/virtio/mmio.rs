@@ -2,11 +2,14 @@
 //!
 //! Owns the registers of one device and its way from reset to DRIVER_OK and back. It is the
 //! control path only: queue notifications reach the workers through eventfds
-//! ([`MmioTransport::kicks`]), and the interrupt registers are atomics in [`Interrupt`]. What
-//! remains stands behind one mutex.
+//! ([`MmioTransport::kicks`]), and what a driver reads are the words of a [`RegisterPage`], which
+//! the guest may have as memory; workers raise their [`Interrupt`] there. What a driver writes
+//! stands behind one mutex, and after each write the page shows what came of it.
 //!
 //! Architecture invariant: a queue exists in one place. Here it is only a description
 //! ([`QueueSetup`]); the ring itself is made at DRIVER_OK and moves into the device.
+
+mod page;
 
 use std::fmt;
 use std::io;
@@ -15,8 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virtio_bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE as ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER as DRIVER,
     VIRTIO_CONFIG_S_DRIVER_OK as DRIVER_OK, VIRTIO_CONFIG_S_FAILED as FAILED,
-    VIRTIO_CONFIG_S_FEATURES_OK as FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET as NEEDS_RESET,
-    VIRTIO_F_VERSION_1,
+    VIRTIO_CONFIG_S_FEATURES_OK as FEATURES_OK, VIRTIO_F_VERSION_1,
 };
 use virtio_bindings::virtio_mmio::*;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -28,12 +30,34 @@ use crate::bus::BusDevice;
 use crate::interrupt::Interrupt;
 use crate::virtio::{Activation, ActiveQueue, VirtioDevice};
 
-/// Bytes of address space that one transport takes.
+pub use self::page::{PAGE_OFFSET, PAGE_SIZE, RegisterPage};
+
+/// Bytes of address space that one transport takes. It is to begin [`PAGE_OFFSET`] bytes into a
+/// page, where the guest is to have its registers as memory.
 pub const MMIO_SIZE: u64 = 0x1000;
 
 /// The QueueNotify register: a KVM ioeventfd goes here, four bytes wide, its datamatch the index
 /// of the queue.
 pub const QUEUE_NOTIFY: u64 = VIRTIO_MMIO_QUEUE_NOTIFY as u64;
+
+/// The InterruptACK register: a KVM ioeventfd that nobody reads may go here, four bytes wide, its
+/// datamatch [`INT_VRING`].
+///
+/// The bit then stays in InterruptStatus from the first used buffer to the next reset or change of
+/// the configuration. It says that buffers may have been used in any queue (sections 4.2.2 and
+/// 4.2.3.4), so a driver looks at its rings and finds, now and then, nothing: as after an
+/// interrupt that two events share. Linux reads it once for each interrupt, and never waits for it
+/// to become zero.
+///
+/// No event is lost, as the line is triggered by edges and gets one for each event, whatever the
+/// bits are. A line that is triggered by its level would have to be up while a bit is set; then
+/// every write would have to come here, and there could be no ioeventfd.
+///
+/// A write with the configuration's bit has another value, and comes here.
+pub const INTERRUPT_ACK: u64 = VIRTIO_MMIO_INTERRUPT_ACK as u64;
+
+/// What a driver writes to InterruptACK when nothing but buffers were used.
+pub const INT_VRING: u32 = VIRTIO_MMIO_INT_VRING;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -49,6 +73,7 @@ const TRANSPORT_FEATURES: u64 =
 
 /// The registers of one virtio device.
 pub struct MmioTransport {
+    page: Arc<RegisterPage>,
     interrupt: Arc<Interrupt>,
     kicks: Vec<EventFd>,
     registers: Mutex<Registers>,
@@ -63,14 +88,14 @@ impl fmt::Debug for MmioTransport {
 }
 
 impl MmioTransport {
-    /// Puts `device` behind registers; it works on `memory` and raises `interrupt`.
+    /// Puts `device` behind registers; it works on `memory` and raises `line`.
     ///
     /// Fails when an eventfd cannot be made, or when the device asks for a queue size that is no
     /// power of two up to 32,768.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         memory: GuestMemoryMmap,
-        interrupt: Arc<Interrupt>,
+        line: EventFd,
     ) -> io::Result<Self> {
         let sizes = device.queue_max_sizes().to_vec();
         let mut kicks = Vec::with_capacity(sizes.len());
@@ -83,21 +108,32 @@ impl MmioTransport {
             })?;
             kicks.push(EventFd::new(EFD_NONBLOCK)?);
         }
+        let page = Arc::new(RegisterPage::default());
+        let interrupt = Arc::new(Interrupt::new(line, page.clone()));
+        let registers = Registers {
+            device,
+            memory,
+            page: page.clone(),
+            interrupt: interrupt.clone(),
+            queues: sizes.into_iter().map(QueueSetup::new).collect(),
+            device_features_sel: 0,
+            driver_features_sel: 0,
+            driver_features: 0,
+            queue_sel: 0,
+        };
+        registers.publish_identity();
+        registers.publish_selected();
         Ok(Self {
-            registers: Mutex::new(Registers {
-                device,
-                memory,
-                interrupt: interrupt.clone(),
-                queues: sizes.into_iter().map(QueueSetup::new).collect(),
-                status: 0,
-                device_features_sel: 0,
-                driver_features_sel: 0,
-                driver_features: 0,
-                queue_sel: 0,
-            }),
+            page,
             interrupt,
             kicks,
+            registers: Mutex::new(registers),
         })
+    }
+
+    /// What a driver reads at offsets 0x000 to 0x0ff: memory that the guest may be shown.
+    pub fn page(&self) -> &Arc<RegisterPage> {
+        &self.page
     }
 
     /// The eventfds of the queues, in order; each is to be registered at [`QUEUE_NOTIFY`].
@@ -143,28 +179,20 @@ impl BusDevice for MmioTransport {
         data.fill(0);
         if let Some(config_offset) = offset.checked_sub(CONFIG) {
             self.lock().device.read_config(config_offset, data);
-            return;
+        } else {
+            self.page.read(offset, data);
         }
-        // Registers are 32 bits wide and aligned (section 4.2.2.2).
-        let (Ok(data), 0) = (<&mut [u8; 4]>::try_from(data), offset % 4) else {
-            return;
-        };
-        let value = match offset as u32 {
-            VIRTIO_MMIO_INTERRUPT_STATUS => self.interrupt.status(),
-            VIRTIO_MMIO_CONFIG_GENERATION => self.interrupt.config_generation(),
-            register => self.lock().read(register),
-        };
-        *data = value.to_le_bytes();
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let Some(config_offset) = offset.checked_sub(CONFIG) {
             let mut registers = self.lock();
-            if registers.status & DRIVER != 0 {
+            if registers.status() & DRIVER != 0 {
                 registers.device.write_config(config_offset, data);
             }
             return;
         }
+        // Registers are 32 bits wide and aligned (section 4.2.2.2).
         let (Ok(data), 0) = (<[u8; 4]>::try_from(data), offset % 4) else {
             return;
         };
@@ -182,10 +210,10 @@ impl BusDevice for MmioTransport {
 struct Registers {
     device: Box<dyn VirtioDevice>,
     memory: GuestMemoryMmap,
+    /// Holds the device status, of which NEEDS_RESET is the [`Interrupt`]'s.
+    page: Arc<RegisterPage>,
     interrupt: Arc<Interrupt>,
     queues: Vec<QueueSetup>,
-    /// Without NEEDS_RESET, which [`Interrupt`] holds.
-    status: u32,
     device_features_sel: u32,
     driver_features_sel: u32,
     driver_features: u64,
@@ -193,27 +221,37 @@ struct Registers {
 }
 
 impl Registers {
-    fn read(&self, register: u32) -> u32 {
-        match register {
-            VIRTIO_MMIO_MAGIC_VALUE => MAGIC,
-            VIRTIO_MMIO_VERSION => VERSION,
-            VIRTIO_MMIO_DEVICE_ID => self.device.device_type(),
-            VIRTIO_MMIO_VENDOR_ID => VENDOR,
-            VIRTIO_MMIO_DEVICE_FEATURES => match self.device_features_sel {
-                0 => self.offered() as u32,
-                1 => (self.offered() >> 32) as u32,
-                _ => 0,
-            },
-            VIRTIO_MMIO_QUEUE_NUM_MAX => self.queue().map_or(0, |q| q.max_size.into()),
-            VIRTIO_MMIO_QUEUE_READY => self.queue().map_or(0, |q| q.ready.into()),
-            VIRTIO_MMIO_STATUS => self.shown_status(),
-            // No shared memory region exists: length and base read as all ones (section 4.2.2).
-            VIRTIO_MMIO_SHM_LEN_LOW
-            | VIRTIO_MMIO_SHM_LEN_HIGH
-            | VIRTIO_MMIO_SHM_BASE_LOW
-            | VIRTIO_MMIO_SHM_BASE_HIGH => u32::MAX,
-            _ => 0,
+    /// Shows what never changes.
+    fn publish_identity(&self) {
+        let page = &self.page;
+        page.set(VIRTIO_MMIO_MAGIC_VALUE, MAGIC);
+        page.set(VIRTIO_MMIO_VERSION, VERSION);
+        page.set(VIRTIO_MMIO_DEVICE_ID, self.device.device_type());
+        page.set(VIRTIO_MMIO_VENDOR_ID, VENDOR);
+        // No shared memory region exists: length and base read as all ones (section 4.2.2).
+        for register in [
+            VIRTIO_MMIO_SHM_LEN_LOW,
+            VIRTIO_MMIO_SHM_LEN_HIGH,
+            VIRTIO_MMIO_SHM_BASE_LOW,
+            VIRTIO_MMIO_SHM_BASE_HIGH,
+        ] {
+            page.set(register, u32::MAX);
         }
+    }
+
+    /// Shows what the driver selected.
+    fn publish_selected(&self) {
+        let features = match self.device_features_sel {
+            0 => self.offered() as u32,
+            1 => (self.offered() >> 32) as u32,
+            _ => 0,
+        };
+        let queue = self.queue();
+        let max_size = queue.map_or(0, |q| q.max_size.into());
+        let ready = queue.map_or(0, |q| q.ready.into());
+        self.page.set(VIRTIO_MMIO_DEVICE_FEATURES, features);
+        self.page.set(VIRTIO_MMIO_QUEUE_NUM_MAX, max_size);
+        self.page.set(VIRTIO_MMIO_QUEUE_READY, ready);
     }
 
     fn write(&mut self, register: u32, value: u32) {
@@ -224,18 +262,15 @@ impl Registers {
             VIRTIO_MMIO_QUEUE_SEL => self.queue_sel = value,
             _ => self.write_queue(register, value),
         }
+        self.publish_selected();
     }
 
     fn offered(&self) -> u64 {
         self.device.features() | TRANSPORT_FEATURES
     }
 
-    fn shown_status(&self) -> u32 {
-        if self.interrupt.needs_reset() {
-            self.status | NEEDS_RESET
-        } else {
-            self.status
-        }
+    fn status(&self) -> u32 {
+        self.page.get(VIRTIO_MMIO_STATUS)
     }
 
     fn queue(&self) -> Option<&QueueSetup> {
@@ -244,7 +279,7 @@ impl Registers {
 
     /// Features change only between DRIVER and FEATURES_OK.
     fn write_driver_features(&mut self, value: u32) {
-        if self.status & (DRIVER | FEATURES_OK) != DRIVER {
+        if self.status() & (DRIVER | FEATURES_OK) != DRIVER {
             return;
         }
         let shift = match self.driver_features_sel {
@@ -258,7 +293,7 @@ impl Registers {
 
     /// Queues change only between FEATURES_OK and DRIVER_OK.
     fn write_queue(&mut self, register: u32, value: u32) {
-        if self.status & (FEATURES_OK | DRIVER_OK | FAILED) != FEATURES_OK {
+        if self.status() & (FEATURES_OK | DRIVER_OK | FAILED) != FEATURES_OK {
             return;
         }
         let selected = usize::try_from(self.queue_sel).ok();
@@ -293,19 +328,19 @@ impl Registers {
             self.reset();
             return;
         }
-        self.status |= value & FAILED;
+        self.page.set_bits(VIRTIO_MMIO_STATUS, value & FAILED);
         for (at, &bit) in STATUS_ORDER.iter().enumerate() {
-            if value & bit == 0 || self.status & bit != 0 {
+            if value & bit == 0 || self.status() & bit != 0 {
                 continue;
             }
             let before: u32 = STATUS_ORDER[..at].iter().sum();
-            if self.status & (before | FAILED) != before {
+            if self.status() & (before | FAILED) != before {
                 return;
             }
             if bit == FEATURES_OK && !self.features_acceptable() {
                 return;
             }
-            self.status |= bit;
+            self.page.set_bits(VIRTIO_MMIO_STATUS, bit);
             if bit == DRIVER_OK {
                 self.activate(kicks);
             }
@@ -359,7 +394,7 @@ impl Registers {
     }
 
     fn reset(&mut self) {
-        if self.status & DRIVER_OK != 0 {
+        if self.status() & DRIVER_OK != 0 {
             self.device.reset();
         }
         // After the workers are gone: none can raise it again.
@@ -367,11 +402,13 @@ impl Registers {
         for queue in &mut self.queues {
             *queue = QueueSetup::new(queue.max_size);
         }
-        self.status = 0;
         self.device_features_sel = 0;
         self.driver_features_sel = 0;
         self.driver_features = 0;
         self.queue_sel = 0;
+        self.publish_selected();
+        // Last, as it tells the driver that the reset is complete (section 2.4).
+        self.page.set(VIRTIO_MMIO_STATUS, 0);
     }
 }
 

@@ -311,6 +311,7 @@ impl MutEventSubscriber for BalloonWorker {
 mod tests {
     use super::*;
     use crate::testing::{Buffer, HIGH_REGION, MockDriver, NEXT, PATIENCE, REGION_SIZE, WRITE};
+    use virtio_bindings::virtio_mmio::{VIRTIO_MMIO_CONFIG, VIRTIO_MMIO_CONFIG_GENERATION};
     use virtio_queue::desc::split::Descriptor;
 
     const PAGE: u64 = 4096;
@@ -415,11 +416,11 @@ mod tests {
         let (balloon, handle) = Balloon::new(config);
         let driver = MockDriver::started(Box::new(balloon));
         assert_eq!(driver.config(0, 4), (3 * 256_u32).to_le_bytes());
-        let generation = driver.interrupt().config_generation();
+        let generation = driver.read32(VIRTIO_MMIO_CONFIG_GENERATION);
         handle.set_target_mib(64);
-        assert_ne!(driver.interrupt().config_generation(), generation);
+        assert_ne!(driver.read32(VIRTIO_MMIO_CONFIG_GENERATION), generation);
         assert_eq!(driver.config(0, 4), (64 * 256_u32).to_le_bytes());
-        let config = u64::from(virtio_bindings::virtio_mmio::VIRTIO_MMIO_CONFIG);
+        let config = u64::from(VIRTIO_MMIO_CONFIG);
         let transport = driver.transport();
         crate::bus::BusDevice::write(&**transport, config + 4, &(512_u32).to_le_bytes());
         assert_eq!((handle.target_mib(), handle.actual_mib()), (64, 2));

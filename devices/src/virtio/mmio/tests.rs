@@ -1,6 +1,9 @@
 //! The registers, driven as a driver would and as none should.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::ptr;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+
+use virtio_bindings::virtio_config::VIRTIO_CONFIG_S_NEEDS_RESET as NEEDS_RESET;
 
 use super::*;
 use crate::testing::{HIGH_REGION, MockDriver, REGION_SIZE};
@@ -59,6 +62,104 @@ fn probe() -> (MockDriver, Arc<Record>) {
         fails: false,
     };
     (MockDriver::new(Box::new(device)), record)
+}
+
+/// Reads a register as a guest does that has the page as memory.
+fn page32(driver: &MockDriver, register: u32) -> u32 {
+    let page = ptr::from_ref(&**driver.transport().page()).cast::<u8>();
+    // SAFETY: the page is PAGE_SIZE bytes from an address that is a multiple of that, all of it lives as
+    // long as the transport, and it ends in aligned words that are only accessed as atomics.
+    let word = unsafe {
+        &*page
+            .add(PAGE_OFFSET as usize + register as usize)
+            .cast::<AtomicU32>()
+    };
+    word.load(Ordering::Acquire)
+}
+
+/// That an exit reads what is in the page, register by register.
+fn assert_page_is_read(driver: &MockDriver, when: &str) {
+    for register in (0..VIRTIO_MMIO_CONFIG).step_by(4) {
+        assert_eq!(
+            driver.read32(register),
+            page32(driver, register),
+            "register {register:#x} {when}"
+        );
+    }
+}
+
+#[test]
+fn the_page_is_one_page_with_the_registers_at_its_end() {
+    let (driver, _) = probe();
+    let page = &**driver.transport().page();
+    assert_eq!(size_of_val(page) as u64, PAGE_SIZE);
+    assert_eq!(ptr::from_ref(page) as u64 % PAGE_SIZE, 0);
+    assert_eq!(PAGE_OFFSET + u64::from(VIRTIO_MMIO_CONFIG), PAGE_SIZE);
+    // SAFETY: these bytes of the page, which lives as long as the driver, never change.
+    let before = unsafe {
+        std::slice::from_raw_parts(ptr::from_ref(page).cast::<u8>(), PAGE_OFFSET as usize)
+    };
+    assert!(before.iter().all(|byte| *byte == 0));
+}
+
+#[test]
+fn the_page_shows_the_registers_in_each_state_of_the_handshake() {
+    let (mut driver, _) = probe();
+    assert_page_is_read(&driver, "before anything was written");
+    assert_eq!(page32(&driver, VIRTIO_MMIO_MAGIC_VALUE), 0x7472_6976);
+    assert_eq!(page32(&driver, VIRTIO_MMIO_DEVICE_ID), 42);
+    assert_eq!(page32(&driver, VIRTIO_MMIO_SHM_LEN_LOW), u32::MAX);
+    assert_eq!(page32(&driver, VIRTIO_MMIO_QUEUE_NUM_MAX), 16);
+
+    let offered = OFFERED | TRANSPORT_FEATURES;
+    for (sel, features) in [(1, (offered >> 32) as u32), (2, 0), (0, offered as u32)] {
+        driver.write32(VIRTIO_MMIO_DEVICE_FEATURES_SEL, sel);
+        assert_eq!(page32(&driver, VIRTIO_MMIO_DEVICE_FEATURES), features);
+        assert_page_is_read(&driver, "with features selected");
+    }
+    driver.negotiate(0);
+    assert_eq!(
+        page32(&driver, VIRTIO_MMIO_STATUS),
+        ACKNOWLEDGE | DRIVER | FEATURES_OK
+    );
+    assert_page_is_read(&driver, "at FEATURES_OK");
+
+    driver.setup_queue(1, None);
+    for (sel, max_size, ready) in [(0, 16, 0), (2, 0, 0), (1, 256, 1)] {
+        driver.write32(VIRTIO_MMIO_QUEUE_SEL, sel);
+        assert_eq!(page32(&driver, VIRTIO_MMIO_QUEUE_NUM_MAX), max_size);
+        assert_eq!(page32(&driver, VIRTIO_MMIO_QUEUE_READY), ready);
+        assert_page_is_read(&driver, "with a queue selected");
+    }
+    driver.write32(VIRTIO_MMIO_QUEUE_READY, 0);
+    assert_eq!(page32(&driver, VIRTIO_MMIO_QUEUE_READY), 0);
+    driver.driver_ok();
+    assert_eq!(
+        page32(&driver, VIRTIO_MMIO_STATUS),
+        ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK
+    );
+    assert_page_is_read(&driver, "at DRIVER_OK");
+
+    let generation = page32(&driver, VIRTIO_MMIO_CONFIG_GENERATION);
+    driver.interrupt().signal_queue();
+    driver.interrupt().signal_needs_reset();
+    assert_eq!(page32(&driver, VIRTIO_MMIO_INTERRUPT_STATUS), 3);
+    assert_ne!(page32(&driver, VIRTIO_MMIO_STATUS) & NEEDS_RESET, 0);
+    assert_ne!(page32(&driver, VIRTIO_MMIO_CONFIG_GENERATION), generation);
+    assert_page_is_read(&driver, "of a device that needs a reset");
+
+    driver.write32(VIRTIO_MMIO_DEVICE_FEATURES_SEL, 1);
+    driver.reset();
+    for (register, value) in [
+        (VIRTIO_MMIO_STATUS, 0),
+        (VIRTIO_MMIO_INTERRUPT_STATUS, 0),
+        (VIRTIO_MMIO_DEVICE_FEATURES, offered as u32),
+        (VIRTIO_MMIO_QUEUE_NUM_MAX, 16),
+        (VIRTIO_MMIO_QUEUE_READY, 0),
+    ] {
+        assert_eq!(page32(&driver, register), value, "{register:#x}");
+    }
+    assert_page_is_read(&driver, "after a reset");
 }
 
 #[test]
@@ -321,6 +422,38 @@ fn interrupt_bits_are_shown_and_acknowledged() {
 }
 
 #[test]
+fn what_is_acknowledged_together_is_cleared_together() {
+    let (driver, _) = probe();
+    driver.interrupt().signal_queue();
+    driver.interrupt().signal_config();
+    driver.write32(VIRTIO_MMIO_INTERRUPT_ACK, 3);
+    assert_eq!(driver.read32(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+}
+
+/// What a guest sees whose acknowledgements of used buffers go to an ioeventfd.
+#[test]
+fn a_used_buffer_bit_that_stays_hides_no_event() {
+    let (mut driver, _) = probe();
+    driver.start(0);
+    let line = || driver.interrupt().line().read().unwrap_or(0);
+    driver.interrupt().signal_queue();
+    assert_eq!(line(), 1);
+    driver.interrupt().signal_queue();
+    assert_eq!(line(), 1, "buffers while the bit is set");
+    driver.interrupt().signal_config();
+    assert_eq!(line(), 1, "a configuration while the bit is set");
+    assert_eq!(driver.read32(VIRTIO_MMIO_INTERRUPT_STATUS), 3);
+    // Signalled again between what the driver read and what it writes: there is one more edge.
+    driver.interrupt().signal_config();
+    driver.write32(VIRTIO_MMIO_INTERRUPT_ACK, 3);
+    assert_eq!(line(), 1);
+    assert_eq!(driver.read32(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+    driver.interrupt().signal_queue();
+    driver.reset();
+    assert_eq!(driver.read32(VIRTIO_MMIO_INTERRUPT_STATUS), 0);
+}
+
+#[test]
 fn the_config_generation_moves_when_the_configuration_does() {
     let (driver, _) = probe();
     let before = driver.read32(VIRTIO_MMIO_CONFIG_GENERATION);
@@ -354,9 +487,11 @@ fn accesses_of_any_offset_and_width_are_harmless() {
         for width in [0, 1, 2, 3, 4, 8, 16] {
             let mut data = vec![0xaa; width];
             driver.transport().read(offset, &mut data);
-            if offset < CONFIG && (width != 4 || offset % 4 != 0) {
-                assert_eq!(data, vec![0; width], "{offset:#x}, {width} bytes");
-            }
+            let shown: Vec<_> = (offset..offset.saturating_add(width as u64))
+                .take_while(|at| *at < CONFIG)
+                .map(|at| page32(&driver, at as u32 / 4 * 4).to_le_bytes()[at as usize % 4])
+                .collect();
+            assert_eq!(data[..shown.len()], shown, "{offset:#x}, {width} bytes");
             // Not the status register: a stray reset would hide the rest.
             if offset / 4 != u64::from(VIRTIO_MMIO_STATUS) / 4 {
                 driver.transport().write(offset, &vec![0xff; width]);
@@ -387,7 +522,7 @@ fn a_device_with_an_impossible_queue_is_refused() {
         fn reset(&mut self) {}
     }
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4096)]).unwrap();
-    let interrupt = Arc::new(Interrupt::new(EventFd::new(0).unwrap()));
-    let error = MmioTransport::new(Box::new(Impossible), memory, interrupt).unwrap_err();
+    let line = EventFd::new(0).unwrap();
+    let error = MmioTransport::new(Box::new(Impossible), memory, line).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
 }

@@ -211,7 +211,7 @@ mod tests {
 
     fn news() -> News {
         let line = EventFd::new(EFD_NONBLOCK).unwrap();
-        let interrupt = Arc::new(Interrupt::new(line));
+        let interrupt = Arc::new(Interrupt::new(line, Arc::default()));
         News::new(interrupt, Arc::default(), TimerFd::new().unwrap())
     }
 

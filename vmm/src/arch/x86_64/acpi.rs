@@ -288,7 +288,7 @@ mod tests {
     fn nodes(count: u32) -> Vec<VirtioNode> {
         (0..count)
             .map(|i| VirtioNode {
-                address: 0xd000_0000 + i * 0x1000,
+                address: layout::virtio_mmio(i) as u32,
                 len: 0x1000,
                 gsi: 6 + i,
             })

@@ -8,6 +8,8 @@
 //! 0x1_0000_0000  RAM above 3 GiB
 //! ```
 
+use devices::virtio::mmio::{PAGE_OFFSET, PAGE_SIZE};
+
 /// The GDT that the boot processor starts with.
 pub const GDT_START: u64 = 0x500;
 /// The (empty) IDT that the boot processor starts with.
@@ -44,7 +46,8 @@ pub const HOLE_START: u64 = 0xc000_0000;
 /// End of the hole.
 pub const HOLE_END: u64 = 0x1_0000_0000;
 
-/// The first virtio-mmio device's registers.
+/// Where the virtio-mmio devices begin, each with two pages: its registers end the first, which can
+/// be read-only memory, and its configuration space begins the second, which never is.
 pub const VIRTIO_MMIO_START: u64 = 0xd000_0000;
 /// The I/O APIC's registers.
 pub const IOAPIC_START: u32 = 0xfec0_0000;
@@ -66,6 +69,11 @@ pub fn memory_regions(size: u64) -> Vec<(u64, u64)> {
         regions.push((HOLE_END, size - low));
     }
     regions
+}
+
+/// Where the registers of virtio-mmio device `index` begin.
+pub fn virtio_mmio(index: u32) -> u64 {
+    VIRTIO_MMIO_START + u64::from(index) * 2 * PAGE_SIZE + PAGE_OFFSET
 }
 
 /// Where RAM below the hole ends, for `size` bytes of RAM.
@@ -113,6 +121,8 @@ pub fn memory_map(size: u64) -> Vec<MapEntry> {
 
 #[cfg(test)]
 mod tests {
+    use devices::virtio::mmio::MMIO_SIZE;
+
     use super::*;
 
     #[test]
@@ -127,6 +137,16 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn no_virtio_device_reaches_into_the_pages_of_another() {
+        for index in 0..32 {
+            assert_eq!(virtio_mmio(index) % PAGE_SIZE, PAGE_OFFSET);
+            let end = virtio_mmio(index) + MMIO_SIZE;
+            assert!(end <= virtio_mmio(index + 1) / PAGE_SIZE * PAGE_SIZE);
+        }
+        assert!(virtio_mmio(32) < u64::from(IOAPIC_START));
     }
 
     #[test]
