@@ -20,8 +20,8 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 pub use self::copy::{FromUnpack, Landing, Pack, Report, Unpack};
 pub use self::mount::{
-    AFTER_REPLIES, ChangeKind, FromMount, HostChange, LIST, MAX_MOUNT_QUEUES, Mount, MountPoint,
-    MountStream, Mounted, NEW, NewDirectory, ToMount,
+    AFTER_REPLIES, ATTRIBUTES, ChangeKind, FromMount, HostChange, LIST, MAX_MOUNT_QUEUES, Mount,
+    MountPoint, MountStream, Mounted, NEW, NewDirectory, ToMount,
 };
 
 /// Changes with every change of a message.

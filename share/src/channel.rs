@@ -2,8 +2,10 @@
 
 use std::io::{self, IoSlice};
 
+use crate::wire::AttrOut;
+
 /// What the other end may do, or leave, of its own accord: nothing depends on it but speed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub enum Advice {
     /// The entries of directory `dir` are looked up one by one: so many of them are better listed.
     List {
@@ -17,6 +19,16 @@ pub enum Advice {
     New {
         /// The file's node.
         node: u64,
+    },
+    /// A directory was changed by the request that the reply is to, so that the kernel does not know its attributes
+    /// any more: these are what it would be told.
+    Attributes {
+        /// The directory's node.
+        node: u64,
+        /// Which of all of these it is: one with a lower number may say less.
+        number: u64,
+        /// The reply to a `FUSE_GETATTR`: `struct fuse_attr_out`.
+        attributes: [u8; size_of::<AttrOut>()],
     },
 }
 
@@ -48,7 +60,7 @@ pub trait Channel: Send + Sync {
     ///
     /// # Errors
     /// Those of [`Channel::send`].
-    fn send_with_advice(&self, parts: &[IoSlice<'_>], _: Advice) -> io::Result<()> {
+    fn send_with_advice(&self, parts: &[IoSlice<'_>], _: &[Advice]) -> io::Result<()> {
         self.send(parts)
     }
 

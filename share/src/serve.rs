@@ -59,16 +59,11 @@ fn attend(
         let (answer, bytes) = dispatch(share, message, &mut reply);
         match answer {
             Answer::Reply if channel.answers_releases() && is_release(message) => {}
-            Answer::Reply => match channel
-                .takes_advice()
-                .then(|| share.advice(message, bytes))
-                .flatten()
-            {
-                None => send(channel, bytes)?,
-                Some(advice) => {
-                    allow_interrupted(channel.send_with_advice(&[IoSlice::new(bytes)], advice))?;
-                }
-            },
+            Answer::Reply if channel.takes_advice() => {
+                let advice = share.advice(message, bytes);
+                allow_interrupted(channel.send_with_advice(&[IoSlice::new(bytes)], &advice))?;
+            }
+            Answer::Reply => send(channel, bytes)?,
             Answer::Later => {
                 if let Err(error) = later(message) {
                     tracing::warn!("a program of the guest cannot wait for a lock: {error}");

@@ -7,6 +7,8 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::message::{number, word};
+
 /// As many files are remembered: those that are in the making at a time.
 const REMEMBERED: usize = 64;
 
@@ -81,14 +83,6 @@ impl Fresh {
     fn lock(&self) -> MutexGuard<'_, VecDeque<u64>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-fn word(message: &[u8], at: usize) -> Option<u32> {
-    Some(u32::from_le_bytes(*message.get(at..)?.first_chunk()?))
-}
-
-fn number(message: &[u8], at: usize) -> Option<u64> {
-    Some(u64::from_le_bytes(*message.get(at..)?.first_chunk()?))
 }
 
 #[cfg(test)]

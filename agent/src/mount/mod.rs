@@ -9,10 +9,12 @@
 mod ahead;
 mod alarm;
 mod attach;
+mod attributes;
 mod device;
 mod ending;
 mod fresh;
 mod handle;
+mod message;
 mod order;
 mod outbox;
 mod overlay;
@@ -43,6 +45,7 @@ use rustix::mount::UnmountFlags;
 use self::ahead::Ahead;
 use self::alarm::Alarm;
 use self::attach::{Attached, Filesystem, Place, Refusal};
+use self::attributes::Attributes;
 use self::ending::{Ending, Why};
 use self::fresh::Fresh;
 use self::order::{Advice, Replies};
@@ -88,6 +91,13 @@ struct Folder {
     replayer: Replayer,
 }
 
+/// What the host has said of files before it was asked.
+#[derive(Debug, Default)]
+struct Known {
+    fresh: Fresh,
+    attributes: Attributes,
+}
+
 /// What carries a filesystem's messages.
 struct Carrying {
     device: Arc<OwnedFd>,
@@ -100,7 +110,7 @@ struct Carrying {
     /// Names below an overlay have changed.
     changed: Arc<Alarm>,
     overlay: Arc<Overlay>,
-    fresh: Arc<Fresh>,
+    known: Arc<Known>,
     ahead: Arc<Ahead>,
     pumps: Vec<JoinHandle<()>>,
 }
@@ -315,7 +325,7 @@ impl Carrying {
                 false => Overlay::none(),
             }),
             changed,
-            fresh: Arc::default(),
+            known: Arc::default(),
             ahead: Arc::default(),
             pumps: Vec::new(),
         };
@@ -352,10 +362,11 @@ impl Carrying {
         let ending = || Arc::clone(&self.ending);
         let given = Arc::clone(&self.replies);
         let MountStream::Requests { queue } = kind else {
-            let (overlay, fresh) = (Arc::clone(&self.overlay), Arc::clone(&self.fresh));
+            let (overlay, known) = (Arc::clone(&self.overlay), Arc::clone(&self.known));
             let note = move |notification: &[u8]| {
                 overlay.note(notification);
-                fresh.note(notification);
+                known.fresh.note(notification);
+                known.attributes.note(notification);
             };
             let device = Arc::clone(device);
             let pump = pump::start_notifications(stream, device, given, note, ending())?;
@@ -368,17 +379,22 @@ impl Carrying {
             _ => Arc::new(device::clone(device)?),
         };
         let counted = move || given.count(queue);
-        let (fresh, ahead) = (Arc::clone(&self.fresh), Arc::clone(&self.ahead));
-        let advised = move |advice: Advice| match advice {
+        let (known, ahead) = (Arc::clone(&self.known), Arc::clone(&self.ahead));
+        let advised = move |advice: Advice<'_>| match advice {
             Advice::List { directory, entries } => ahead.want(directory, entries),
-            Advice::New { node } => fresh.add(node),
+            Advice::New { node } => known.fresh.add(node),
+            Advice::Attributes {
+                node,
+                number,
+                attributes,
+            } => known.attributes.add(node, number, attributes),
         };
         let (from, to) = (Arc::clone(&stream), Arc::clone(&own));
         let replies = pump::start_replies(from, to, counted, advised, ending())?;
         self.pumps.push(replies);
         let outbox = Arc::new(Outbox::new(stream, Arc::clone(&self.held_back)));
-        let fresh = Arc::clone(&self.fresh);
-        let requests = pump::start_requests(own, Arc::clone(&outbox), fresh, ending())?;
+        let known = Arc::clone(&self.known);
+        let requests = pump::start_requests(own, Arc::clone(&outbox), known, ending())?;
         self.pumps.push(requests);
         self.outboxes.push(outbox);
         Ok(())

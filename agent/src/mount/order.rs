@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use agent::protocol::{AFTER_REPLIES, LIST, NEW};
+use agent::protocol::{AFTER_REPLIES, ATTRIBUTES, LIST, NEW};
 
 /// `fuse_out_header`: u32 length, i32 error, u64 unique.
 const HEADER: usize = 16;
@@ -86,15 +86,21 @@ pub fn counts(message: &[u8]) -> Option<impl Iterator<Item = u64> + Clone> {
 
 /// What a message among replies tells the agent.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Advice {
+pub enum Advice<'a> {
     /// So many entries of a directory are to be listed.
     List { directory: u64, entries: u64 },
     /// A file was made just now.
     New { node: u64 },
+    /// The attributes of a directory that was changed, and the number of this message.
+    Attributes {
+        node: u64,
+        number: u64,
+        attributes: &'a [u8],
+    },
 }
 
 /// What the host advises, where `message` says so and is nothing for the kernel.
-pub fn advice(message: &[u8]) -> Option<Advice> {
+pub fn advice(message: &[u8]) -> Option<Advice<'_>> {
     // No reply has a positive number there.
     let is_reply = i32::from_le_bytes(*message.get(4..)?.first_chunk()?) <= 0;
     if is_reply {
@@ -103,6 +109,15 @@ pub fn advice(message: &[u8]) -> Option<Advice> {
     if let Some(mut numbers) = numbers(message, LIST) {
         let (directory, entries) = (numbers.next()?, numbers.next()?);
         return Some(Advice::List { directory, entries });
+    }
+    if let Some(mut numbers) = numbers(message, ATTRIBUTES) {
+        let (node, number) = (numbers.next()?, numbers.next()?);
+        let attributes = message.get(HEADER + 2 * size_of::<u64>()..)?;
+        return Some(Advice::Attributes {
+            node,
+            number,
+            attributes,
+        });
     }
     let node = numbers(message, NEW)?.next()?;
     Some(Advice::New { node })
@@ -152,12 +167,21 @@ mod tests {
         let told = |kind: i32, numbers: &[u64]| {
             let mut message = message(numbers);
             message[4..8].copy_from_slice(&kind.to_le_bytes());
-            advice(&message)
+            advice(&message).map(|advice| format!("{advice:?}"))
         };
+        let shown = |advice: Advice<'_>| Some(format!("{advice:?}"));
         let (directory, entries) = (1 << 40, 24);
         let list = Advice::List { directory, entries };
-        assert_eq!(told(LIST, &[directory, entries]), Some(list));
-        assert_eq!(told(NEW, &[7]), Some(Advice::New { node: 7 }));
+        assert_eq!(told(LIST, &[directory, entries]), shown(list));
+        assert_eq!(told(NEW, &[7]), shown(Advice::New { node: 7 }));
+        let attributes = Advice::Attributes {
+            node: 7,
+            number: 8,
+            attributes: &9_u64.to_le_bytes(),
+        };
+        let mut with_attributes = message(&[7, 8, 9]);
+        with_attributes[4..8].copy_from_slice(&ATTRIBUTES.to_le_bytes());
+        assert_eq!(advice(&with_attributes), Some(attributes));
         for nothing in [told(LIST, &[1]), told(NEW, &[]), told(0, &[7, 7])] {
             assert_eq!(nothing, None);
         }

@@ -1,19 +1,23 @@
-//! The way of a queue's requests to the host, on which closed files wait for company.
+//! The way of a queue's requests to the host, on which closed and forgotten files wait for company.
 //!
 //! Nobody waits for a file to be closed on the host, so the kernel has its reply at once. Where the file was only
 //! read, the request goes with the next one, or in a while: a packet and a wake-up for each are saved. One that was
-//! written to is closed without delay, as nobody on the host can execute it before.
+//! written to is closed without delay, as nobody on the host can execute it before. That the kernel forgets a file has
+//! no reply at all.
 
 use std::io::{self, IoSlice, Write};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::alarm::Alarm;
+use super::message::word;
 use crate::connection::Connection;
 
-/// `fuse_in_header.opcode`, and its values `FUSE_RELEASE` and `FUSE_RELEASEDIR`.
+/// `fuse_in_header.opcode`, and its values `FUSE_RELEASE` and `FUSE_RELEASEDIR`, `FUSE_FORGET` and
+/// `FUSE_BATCH_FORGET`.
 const OPCODE: usize = 4;
 const RELEASES: [u32; 2] = [18, 29];
+const FORGETS: [u32; 2] = [2, 42];
 
 /// `fuse_in_header.unique`.
 const UNIQUE: usize = 8;
@@ -34,7 +38,7 @@ const HELD: usize = 4 << 10;
 
 /// The reply to a request for which nobody has to ask the host; None where it has to be asked.
 pub fn reply_to(request: &[u8]) -> Option<[u8; REPLY]> {
-    let opcode = u32::from_le_bytes(*request.get(OPCODE..)?.first_chunk()?);
+    let opcode = word(request, OPCODE)?;
     let unique: &[u8; 8] = request.get(UNIQUE..)?.first_chunk()?;
     if !RELEASES.contains(&opcode) {
         return None;
@@ -46,10 +50,15 @@ pub fn reply_to(request: &[u8]) -> Option<[u8; REPLY]> {
     Some(reply)
 }
 
-/// Whether a request that [`reply_to`] answers can wait.
+/// Whether a request can wait: nobody waits for what it does.
 pub fn can_wait(request: &[u8]) -> bool {
-    let flags = request.get(FLAGS..).and_then(|rest| rest.first_chunk());
-    flags.is_some_and(|flags| u32::from_le_bytes(*flags) & O_ACCMODE == 0)
+    match word(request, OPCODE) {
+        Some(opcode) if FORGETS.contains(&opcode) => request.len() < HELD,
+        Some(opcode) if RELEASES.contains(&opcode) => {
+            word(request, FLAGS).is_some_and(|flags| flags & O_ACCMODE == 0)
+        }
+        _ => false,
+    }
 }
 
 /// Requests on their way to one connection.
@@ -182,6 +191,11 @@ mod tests {
             assert_eq!(can_wait(&release), waits, "{flags:x}");
         }
         assert!(!can_wait(&request(18, 1)));
+        assert!(can_wait(&request(2, 1)) && can_wait(&request(42, 1)));
+        assert!(!can_wait(&request(1, 1)));
+        let mut many = request(42, 1);
+        many.resize(HELD, 0);
+        assert!(!can_wait(&many));
     }
 
     #[test]

@@ -13,11 +13,11 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
+use super::Known;
 use super::ahead::Ahead;
 use super::alarm::Alarm;
 use super::attach::Attached;
 use super::ending::{Ending, Why};
-use super::fresh::Fresh;
 use super::order::{self, Advice, Replies};
 use super::outbox::{self, Outbox};
 use super::overlay;
@@ -50,11 +50,11 @@ const STACK: usize = 64 << 10;
 pub fn start_requests(
     from: Arc<OwnedFd>,
     to: Arc<Outbox>,
-    fresh: Arc<Fresh>,
+    known: Arc<Known>,
     ending: Arc<Ending>,
 ) -> io::Result<JoinHandle<()>> {
     start("fuse-requests", move || {
-        ending.announce(carry_requests(&from, &to, &fresh));
+        ending.announce(carry_requests(&from, &to, &known));
     })
 }
 
@@ -64,7 +64,7 @@ pub fn start_replies(
     from: Arc<Connection>,
     to: Arc<OwnedFd>,
     given: impl Fn() + Send + 'static,
-    advised: impl Fn(Advice) + Send + 'static,
+    advised: impl Fn(Advice<'_>) + Send + 'static,
     ending: Arc<Ending>,
 ) -> io::Result<JoinHandle<()>> {
     start("fuse-replies", move || {
@@ -164,7 +164,7 @@ pub fn start_ahead(
 }
 
 /// Returns why there are no more.
-fn carry_requests(from: &OwnedFd, to: &Outbox, fresh: &Fresh) -> Why {
+fn carry_requests(from: &OwnedFd, to: &Outbox, known: &Known) -> Why {
     let mut buffer = vec![0u8; MAX_MESSAGE];
     loop {
         let length = match rustix::io::read(from, &mut *buffer) {
@@ -179,19 +179,20 @@ fn carry_requests(from: &OwnedFd, to: &Outbox, fresh: &Fresh) -> Why {
         let answer = |reply: &[u8]| {
             let _ = rustix::io::write(from, reply);
         };
-        if let Some(reply) = fresh.reply_to(request) {
+        if let Some(reply) = known.fresh.reply_to(request) {
             answer(&reply);
             continue;
         }
-        let sent = match outbox::reply_to(request) {
-            None => to.send(request),
-            Some(reply) => {
-                answer(&reply);
-                match outbox::can_wait(request) {
-                    true => to.hold(request),
-                    false => to.send(request),
-                }
-            }
+        if let Some(reply) = known.attributes.reply_to(request) {
+            answer(&reply);
+            continue;
+        }
+        if let Some(reply) = outbox::reply_to(request) {
+            answer(&reply);
+        }
+        let sent = match outbox::can_wait(request) {
+            true => to.hold(request),
+            false => to.send(request),
         };
         if let Err(error) = sent {
             return Why::Failed(format!("the host takes no requests any more: {error}"));

@@ -63,6 +63,10 @@ pub const LIST: i32 = i32::MAX - 1;
 /// `security.capability`.
 pub const NEW: i32 = i32::MAX - 2;
 
+/// The same for the attributes of a directory that has just been changed: the number of its node, that of the message,
+/// and the reply to a `FUSE_GETATTR` for it. Among those of one folder, a message with a lower number may say less.
+pub const ATTRIBUTES: i32 = i32::MAX - 3;
+
 /// From the host, on a mount's connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ToMount {

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
-use agent::protocol::{AFTER_REPLIES, LIST, NEW};
+use agent::protocol::{AFTER_REPLIES, ATTRIBUTES, LIST, NEW};
 use share::wire::Opcode;
 use share::{Advice, Channel};
 
@@ -130,13 +130,13 @@ impl Channel for Queue {
         true
     }
 
-    fn send_with_advice(&self, parts: &[IoSlice<'_>], advice: Advice) -> io::Result<()> {
-        let advice = match advice {
-            Advice::List { dir, entries } => for_agent(LIST, &[dir, entries.into()]),
-            Advice::New { node } => for_agent(NEW, &[node]),
-        };
-        let mut both = vec![IoSlice::new(&advice)];
-        both.extend(parts);
+    fn send_with_advice(&self, parts: &[IoSlice<'_>], advice: &[Advice]) -> io::Result<()> {
+        if advice.is_empty() {
+            return self.send(parts);
+        }
+        let advice: Vec<_> = advice.iter().map(told).collect();
+        let advice = advice.iter().map(|message| IoSlice::new(message));
+        let both: Vec<_> = advice.chain(parts.iter().copied()).collect();
         self.send(&both)
     }
 
@@ -259,7 +259,7 @@ impl Channel for Notices {
             .map(|queue| queue.replies.load(Ordering::Acquire))
             .collect();
         if sent != *told {
-            let after = for_agent(AFTER_REPLIES, &sent);
+            let after = for_agent(AFTER_REPLIES, &sent, &[]);
             write_all(&self.stream, &[IoSlice::new(&after)])?;
             *told = sent;
         }
@@ -267,9 +267,22 @@ impl Channel for Notices {
     }
 }
 
-/// A message for the agent, of this kind and with these numbers.
-fn for_agent(kind: i32, numbers: &[u64]) -> Vec<u8> {
-    let length = NOTICE_HEADER + size_of_val(numbers);
+/// Advice as a message for the agent.
+fn told(advice: &Advice) -> Vec<u8> {
+    match advice {
+        Advice::List { dir, entries } => for_agent(LIST, &[*dir, (*entries).into()], &[]),
+        Advice::New { node } => for_agent(NEW, &[*node], &[]),
+        Advice::Attributes {
+            node,
+            number,
+            attributes,
+        } => for_agent(ATTRIBUTES, &[*node, *number], attributes),
+    }
+}
+
+/// A message for the agent, of this kind, with these numbers and then these bytes.
+fn for_agent(kind: i32, numbers: &[u64], rest: &[u8]) -> Vec<u8> {
+    let length = NOTICE_HEADER + size_of_val(numbers) + rest.len();
     let mut message = Vec::with_capacity(length);
     message.extend(u32::try_from(length).unwrap_or(u32::MAX).to_ne_bytes());
     message.extend(kind.to_ne_bytes());
@@ -277,6 +290,7 @@ fn for_agent(kind: i32, numbers: &[u64]) -> Vec<u8> {
     for number in numbers {
         message.extend(number.to_le_bytes());
     }
+    message.extend(rest);
     message
 }
 

@@ -212,7 +212,7 @@ fn notices_say_which_replies_they_come_after() {
         notices.send(&[IoSlice::new(&notice)]).unwrap();
         let expected = match queues {
             [] => notice.clone(),
-            counts => [for_agent(AFTER_REPLIES, counts), notice.clone()].concat(),
+            counts => [for_agent(AFTER_REPLIES, counts, &[]), notice.clone()].concat(),
         };
         let mut bytes = vec![0; expected.len()];
         far.read_exact(&mut bytes).unwrap();
@@ -225,7 +225,7 @@ fn notices_say_which_replies_they_come_after() {
     queues[0].send(&[IoSlice::new(b"reply")]).unwrap();
     queues[0].send(&[IoSlice::new(b"reply")]).unwrap();
     told(&[2, 1]);
-    let message = for_agent(AFTER_REPLIES, &[2, 1]);
+    let message = for_agent(AFTER_REPLIES, &[2, 1], &[]);
     assert_eq!(message.len(), 32);
     assert_eq!(message[..4], 32_u32.to_ne_bytes());
     assert_eq!(message[4..8], i32::MAX.to_ne_bytes());

@@ -6,7 +6,7 @@ use zerocopy::FromBytes;
 
 use super::{BRIEFLY, Share};
 use crate::channel::Advice;
-use crate::wire::{EntryOut, InHeader, OUT_HEADER_LEN, Opcode};
+use crate::wire::{EntryOut, InHeader, OUT_HEADER_LEN, Opcode, OutHeader};
 
 /// How many names are looked up before it is worth to list their directory, as they come with their attributes then;
 /// and twice as many the next time, and so on.
@@ -18,24 +18,39 @@ const ENTRIES: u32 = 16;
 
 impl Share {
     /// What to advise with the reply to `message`, whose bytes are `reply`.
-    pub(crate) fn advice(&self, message: &[u8], reply: &[u8]) -> Option<Advice> {
-        let (header, _) = InHeader::read_from_prefix(message).ok()?;
-        let opcode = Opcode::from_number(header.opcode)?;
-        if !matches!(opcode, Opcode::Lookup | Opcode::Create) {
-            return None;
-        }
-        let (entry, _) = EntryOut::read_from_prefix(reply.get(OUT_HEADER_LEN..)?).ok()?;
-        // What is soon not believed any more is not worth it, nor is what is not there.
-        if entry.nodeid == 0 || entry.entry_valid <= BRIEFLY.as_secs() {
-            return None;
-        }
+    pub(crate) fn advice(&self, message: &[u8], reply: &[u8]) -> Vec<Advice> {
+        use Opcode::{Create, Link, Lookup, Mkdir, Mknod, Rmdir, Symlink, Unlink};
+        let mut advice = Vec::new();
+        let Some((header, opcode)) = answered(message, reply) else {
+            return advice;
+        };
         match opcode {
-            Opcode::Create => self.is_new(entry.nodeid),
-            _ => self.listing(header.nodeid),
+            Lookup if is_believed(reply) => advice.extend(self.listing(header.nodeid)),
+            Create | Link | Mkdir | Mknod | Rmdir | Symlink | Unlink => {
+                advice.extend(self.changed(header.nodeid));
+                if opcode == Create && is_believed(reply) {
+                    advice.extend(self.is_new(reply));
+                }
+            }
+            _ => {}
         }
+        advice
     }
 
-    fn is_new(&self, node: u64) -> Option<Advice> {
+    /// A directory has other attributes now.
+    fn changed(&self, node: u64) -> Option<Advice> {
+        // What was changed before this number was taken is seen in what is looked at after.
+        let number = self.changes.fetch_add(1, Ordering::SeqCst) + 1;
+        let attributes = self.getattr(node).ok()?;
+        (attributes.attr_valid > BRIEFLY.as_secs()).then_some(Advice::Attributes {
+            node,
+            number,
+            attributes: zerocopy::transmute!(attributes),
+        })
+    }
+
+    fn is_new(&self, reply: &[u8]) -> Option<Advice> {
+        let node = entry(reply)?.nodeid;
         let inode = self.inodes.get(node).ok()?;
         let is_new = inode.is_new.swap(false, Ordering::Relaxed);
         is_new.then_some(Advice::New { node })
@@ -55,4 +70,23 @@ impl Share {
             entries: found.saturating_mul(ENTRIES),
         })
     }
+}
+
+/// The header of a request that was not refused, and what it asks for.
+fn answered(message: &[u8], reply: &[u8]) -> Option<(InHeader, Opcode)> {
+    let (outcome, _) = OutHeader::read_from_prefix(reply).ok()?;
+    let (header, _) = InHeader::read_from_prefix(message).ok()?;
+    let opcode = Opcode::from_number(header.opcode)?;
+    (outcome.error == 0).then_some((header, opcode))
+}
+
+/// What a reply says of a name.
+fn entry(reply: &[u8]) -> Option<EntryOut> {
+    let (entry, _) = EntryOut::read_from_prefix(reply.get(OUT_HEADER_LEN..)?).ok()?;
+    Some(entry)
+}
+
+/// Whether a reply is of something that is there, and is not soon to be asked for again.
+fn is_believed(reply: &[u8]) -> bool {
+    entry(reply).is_some_and(|entry| entry.nodeid != 0 && entry.entry_valid > BRIEFLY.as_secs())
 }

@@ -188,6 +188,8 @@ pub struct Share {
     replay: Mutex<Option<Replay>>,
     /// Whose requests those are; zero where there is none.
     replayer: AtomicU32,
+    /// Counts changes that a guest has made to directories.
+    changes: AtomicU64,
     /// What was agreed on with the guest's kernel: flags of [`crate::wire::init`].
     agreed: AtomicU64,
 }
@@ -236,6 +238,7 @@ impl Share {
             _unseen: unseen,
             replay: Mutex::default(),
             replayer: AtomicU32::new(0),
+            changes: AtomicU64::new(0),
             agreed: AtomicU64::new(0),
             options,
         })

@@ -1,14 +1,15 @@
 //! What the host advises, and what the agent does of its own accord then.
 
 use std::fs;
-use std::os::unix::fs::chown;
+use std::os::unix::fs::{MetadataExt, chown};
 use std::process::Command;
 
 use share::Options;
 
-use super::{Asked, Folder, Place};
+use super::{Asked, Folder, Place, shell};
 use crate::tests::eventually;
 
+const GETATTR: u32 = 3;
 const GETXATTR: u32 = 22;
 const READDIR: u32 = 28;
 const READDIRPLUS: u32 = 44;
@@ -70,5 +71,54 @@ fn nobody_asks_for_the_capability_of_a_file_that_was_made_just_now() {
     if setfattr.status().is_ok_and(|status| status.success()) {
         chown(&new, Some(0), Some(0)).unwrap();
         assert!(count(&folder, &[GETXATTR]) > asked);
+    }
+}
+
+#[test]
+fn the_attributes_of_a_directory_that_is_worked_in_are_known_and_right() {
+    let (source, at) = (Place::new(), Place::new());
+    let Some(folder) = Folder::mount(source.path(), &Asked::at(at.path()), Options::default())
+    else {
+        return;
+    };
+    let same = |name: &str| {
+        let times = [at.path(), source.path()].map(|dir| {
+            let seen = fs::metadata(dir.join(name)).unwrap();
+            (seen.mtime(), seen.mtime_nsec(), seen.nlink())
+        });
+        times[0] == times[1]
+    };
+    let dir = at.path().join("dir");
+    fs::create_dir(&dir).unwrap();
+    // The first requests may come before the directory is watched.
+    eventually("the directory is watched", || {
+        fs::write(dir.join("first"), "").unwrap();
+        fs::remove_file(dir.join("first")).unwrap();
+        let asked = count(&folder, &[GETATTR]);
+        for _ in 0..10 {
+            fs::write(dir.join("first"), "").unwrap();
+            fs::remove_file(dir.join("first")).unwrap();
+        }
+        count(&folder, &[GETATTR]) == asked
+    });
+    assert!(same("dir"));
+    // Through all queues at once, the last one has the last word.
+    for round in 0..20 {
+        std::thread::scope(|scope| {
+            for worker in 0..4 {
+                let dir = &dir;
+                scope.spawn(move || {
+                    for number in 0..5 {
+                        let name = format!("{round}.{worker}.{number}");
+                        fs::create_dir(dir.join(&name)).unwrap();
+                        fs::rename(dir.join(&name), dir.join(name + "x")).unwrap();
+                    }
+                });
+            }
+        });
+        assert!(same("dir"), "round {round}");
+        // So does the host.
+        shell(source.path(), &format!("mkdir dir/host.{round}"));
+        eventually("the host's change is seen", || same("dir"));
     }
 }

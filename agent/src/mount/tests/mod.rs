@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use agent::protocol::{
-    self, FromMount, LIST, Mount, MountPoint, MountStream, Mounted, NEW, Open, ToMount,
+    self, ATTRIBUTES, FromMount, LIST, Mount, MountPoint, MountStream, Mounted, NEW, Open, ToMount,
 };
 use rustix::mount::UnmountFlags;
 use share::{Advice, Channel, HostEvent, Options, Share};
@@ -68,17 +68,26 @@ impl Channel for Queue {
         true
     }
 
-    fn send_with_advice(&self, parts: &[IoSlice<'_>], advice: Advice) -> io::Result<()> {
-        let (kind, numbers) = match advice {
-            Advice::List { dir, entries } => (LIST, vec![dir, entries.into()]),
-            Advice::New { node } => (NEW, vec![node]),
-        };
-        let length = u32::try_from(16 + 8 * numbers.len()).unwrap();
-        let mut message = length.to_le_bytes().to_vec();
-        message.extend(kind.to_le_bytes());
-        message.extend([0; 8]);
-        message.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
-        let mut both = vec![IoSlice::new(&message)];
+    fn send_with_advice(&self, parts: &[IoSlice<'_>], advice: &[Advice]) -> io::Result<()> {
+        let mut messages = Vec::new();
+        for advice in advice {
+            let (kind, numbers, rest) = match advice {
+                Advice::List { dir, entries } => (LIST, vec![*dir, (*entries).into()], &[][..]),
+                Advice::New { node } => (NEW, vec![*node], &[][..]),
+                Advice::Attributes {
+                    node,
+                    number,
+                    attributes,
+                } => (ATTRIBUTES, vec![*node, *number], &attributes[..]),
+            };
+            let length = u32::try_from(16 + 8 * numbers.len() + rest.len()).unwrap();
+            messages.extend(length.to_le_bytes());
+            messages.extend(kind.to_le_bytes());
+            messages.extend([0; 8]);
+            messages.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
+            messages.extend(rest);
+        }
+        let mut both = vec![IoSlice::new(&messages)];
         both.extend(parts);
         self.send(&both)
     }

@@ -1,0 +1,182 @@
+//! The attributes of directories that the guest has just changed.
+//!
+//! After each name that it has made or removed, the kernel asks for the directory's attributes anew, before it goes
+//! on in there. The host has said them with the reply, so it need not be asked. They are used once, and only while
+//! nothing else may have changed them: what the host changes is told after that reply (`super::order`), and
+//! what the guest changes passes through here.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::message::{number, word};
+
+/// As many directories are kept in mind.
+const REMEMBERED: usize = 16;
+
+/// `fuse_in_header.opcode`, and its values `FUSE_GETATTR`, `FUSE_RENAME` and `FUSE_RENAME2`.
+const OPCODE: usize = 4;
+const GETATTR: u32 = 3;
+const RENAMES: [u32; 2] = [12, 45];
+
+/// Requests that change nothing of the node that they are for: `FUSE_LOOKUP`, `FUSE_FORGET`, `FUSE_READLINK`,
+/// `FUSE_STATFS`, `FUSE_GETXATTR`, `FUSE_LISTXATTR`, `FUSE_OPENDIR`, `FUSE_READDIR`, `FUSE_RELEASEDIR`,
+/// `FUSE_INTERRUPT`, `FUSE_BATCH_FORGET` and `FUSE_READDIRPLUS`.
+const CHANGE_NOTHING: [u32; 12] = [1, 2, 5, 17, 22, 23, 27, 28, 29, 36, 42, 44];
+
+/// `fuse_in_header.unique` and `fuse_in_header.nodeid`; behind the header, `fuse_rename_in.newdir` and
+/// `fuse_rename2_in.newdir`.
+const UNIQUE: usize = 8;
+const NODE: usize = 16;
+const NEW_DIRECTORY: usize = 40;
+
+/// `struct fuse_attr_out`, and `struct fuse_out_header` before it.
+const ATTRIBUTES: usize = 104;
+const REPLY: usize = 16 + ATTRIBUTES;
+
+/// A notification's kind, that of `FUSE_NOTIFY_INVAL_INODE`, and the inode's number.
+const KIND: usize = 4;
+const INVAL_INODE: u32 = 2;
+const INODE: usize = 16;
+
+/// What is known of directories.
+#[derive(Debug, Default)]
+pub struct Attributes(Mutex<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    /// The highest number so far.
+    latest: u64,
+    known: VecDeque<(u64, [u8; ATTRIBUTES])>,
+}
+
+impl Attributes {
+    /// A directory has these now, says the host with this number: one that comes late, from another connection, may
+    /// not know what those say that came before it.
+    pub fn add(&self, node: u64, number: u64, attributes: &[u8]) {
+        let Ok(attributes) = attributes.try_into() else {
+            return;
+        };
+        let mut state = self.lock();
+        if number <= state.latest {
+            return;
+        }
+        state.latest = number;
+        state.forget(node);
+        if state.known.len() >= REMEMBERED {
+            state.known.pop_front();
+        }
+        state.known.push_back((node, attributes));
+    }
+
+    /// The reply to a request for such attributes; None where the host is to be asked.
+    pub fn reply_to(&self, request: &[u8]) -> Option<[u8; REPLY]> {
+        let opcode = word(request, OPCODE)?;
+        if CHANGE_NOTHING.contains(&opcode) {
+            return None;
+        }
+        let node = number(request, NODE)?;
+        let mut state = self.lock();
+        if state.known.is_empty() {
+            return None;
+        }
+        let attributes = state.forget(node);
+        if RENAMES.contains(&opcode) {
+            state.forget(number(request, NEW_DIRECTORY)?);
+        }
+        let attributes = attributes.filter(|_| opcode == GETATTR)?;
+        let mut reply = [0; REPLY];
+        reply[0] = REPLY as u8;
+        reply[8..16].copy_from_slice(request.get(UNIQUE..NODE)?);
+        reply[16..].copy_from_slice(&attributes);
+        Some(reply)
+    }
+
+    /// The kernel is told of this change on the host.
+    pub fn note(&self, notification: &[u8]) {
+        if word(notification, KIND) == Some(INVAL_INODE)
+            && let Some(node) = number(notification, INODE)
+        {
+            self.lock().forget(node);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Takes out what is known of a directory.
+    fn forget(&mut self, node: u64) -> Option<[u8; ATTRIBUTES]> {
+        let at = self.known.iter().position(|(known, _)| *known == node)?;
+        Some(self.known.remove(at)?.1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MKDIR: u32 = 9;
+    const LOOKUP: u32 = 1;
+
+    fn request(opcode: u32, node: u64) -> Vec<u8> {
+        let mut request = vec![0; 48];
+        request[OPCODE..OPCODE + 4].copy_from_slice(&opcode.to_le_bytes());
+        request[UNIQUE] = 9;
+        request[NODE..NODE + 8].copy_from_slice(&node.to_le_bytes());
+        request
+    }
+
+    fn asked(known: &Attributes, node: u64) -> Option<u8> {
+        let reply = known.reply_to(&request(GETATTR, node))?;
+        assert_eq!(
+            (reply[..8].to_vec(), reply[8]),
+            (vec![120, 0, 0, 0, 0, 0, 0, 0], 9)
+        );
+        Some(reply[16])
+    }
+
+    #[test]
+    fn what_the_host_said_last_is_the_reply_once() {
+        let known = Attributes::default();
+        known.add(5, 1, &[1; ATTRIBUTES]);
+        known.add(5, 3, &[3; ATTRIBUTES]);
+        known.add(5, 2, &[2; ATTRIBUTES]);
+        known.add(6, 4, &[4; ATTRIBUTES]);
+        known.add(7, 5, &[5; ATTRIBUTES - 1]);
+        assert_eq!(known.reply_to(&request(LOOKUP, 5)), None);
+        assert_eq!((asked(&known, 5), asked(&known, 5)), (Some(3), None));
+        assert_eq!((asked(&known, 6), asked(&known, 7)), (Some(4), None));
+        // Not even after it was used does what comes late say anything.
+        known.add(5, 3, &[3; ATTRIBUTES]);
+        assert_eq!(asked(&known, 5), None);
+    }
+
+    #[test]
+    fn whatever_may_change_a_directory_has_the_host_asked() {
+        let known = Attributes::default();
+        known.add(5, 1, &[1; ATTRIBUTES]);
+        assert_eq!(known.reply_to(&request(MKDIR, 5)), None);
+        assert_eq!(asked(&known, 5), None);
+        known.add(6, 2, &[2; ATTRIBUTES]);
+        let mut rename = request(RENAMES[0], 5);
+        rename[NEW_DIRECTORY] = 6;
+        assert_eq!(known.reply_to(&rename), None);
+        assert_eq!(asked(&known, 6), None);
+        known.add(7, 3, &[3; ATTRIBUTES]);
+        let mut change = vec![0; 40];
+        change[KIND] = 2;
+        change[INODE] = 7;
+        known.note(&change[..INODE]);
+        known.note(&change);
+        assert_eq!(asked(&known, 7), None);
+    }
+
+    #[test]
+    fn few_are_kept_in_mind() {
+        let known = Attributes::default();
+        (1..1000).for_each(|number| known.add(number, number, &[0; ATTRIBUTES]));
+        assert_eq!(known.lock().known.len(), REMEMBERED);
+    }
+}
