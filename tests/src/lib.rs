@@ -21,8 +21,10 @@ pub mod process;
 pub mod ssh;
 pub mod terminal;
 pub mod tmux;
+pub mod user;
 
 pub use guest::Guest;
 pub use machine::{Machine, Machines};
 pub use process::{Output, Running};
 pub use terminal::Terminal;
+pub use user::User;
