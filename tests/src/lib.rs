@@ -18,6 +18,7 @@ pub mod kernel;
 pub mod machine;
 pub mod net;
 pub mod process;
+pub mod python;
 pub mod ssh;
 pub mod terminal;
 pub mod tmux;
