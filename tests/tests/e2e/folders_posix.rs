@@ -51,7 +51,7 @@ fn the_posix_filesystem_test_suite_passes_in_a_guest() {
     let (root, user) = (None, user.as_ref());
     let mut runs = vec![(root, "")];
     if user.is_some() {
-        runs.push((user, ":cache=strict"));
+        runs.push((user, ""));
     }
     if env::var_os("MVM_TEST_STRESS").is_some() {
         let all = ["", ":cache=strict", ":cache=private", ":locks=host"];
