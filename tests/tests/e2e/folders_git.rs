@@ -23,7 +23,8 @@ const AT: &str = "/project";
 const GIT: &str = "export HOME=/nonexistent GIT_CONFIG_NOSYSTEM=1
     git() { command git -c safe.directory='*' -c gc.auto=0 -c maintenance.auto=false -c user.name=a -c user.email=a@b \"$@\"; }\n";
 
-/// Makes the two branches, a third one that differs from `other` in two directories, and is on `main` then.
+/// Makes the two branches, a third one that differs from `other` in one file of each directory
+/// that all have and in two whole ones, and is on `main` then.
 fn make(dir: &Path) {
     let script = format!(
         "{GIT} git init -q -b main .
@@ -32,10 +33,12 @@ fn make(dir: &Path) {
         fill main 1 {DIRECTORIES}
         git checkout -q --orphan other; git rm -rq --cached .; rm -r d*
         fill other {} {}
-        git checkout -qb few; git rm -rq d{DIRECTORIES}; fill few {} {}
+        git checkout -qb few; git rm -rq d{DIRECTORIES}; for d in $(seq {} {}); do echo few >d$d/f1; done; fill few {} {}
         git gc -q; git checkout -q main",
         DIRECTORIES - SHARED + 1,
         2 * DIRECTORIES - SHARED,
+        DIRECTORIES - SHARED + 1,
+        DIRECTORIES - 1,
         2 * DIRECTORIES,
         2 * DIRECTORIES,
     );
@@ -90,9 +93,41 @@ fn heard(said: &str) -> (BTreeMap<&str, &str>, bool) {
     let last: BTreeMap<_, _> = events.map(|(what, path)| (path, what)).collect();
     // Everything that is watched looks changed then; and what the watcher itself does not read fast enough is
     // dropped by its kernel.
-    let overflown = shared().any(|dir| last.contains_key(dir.as_str()))
+    let overflown = shared().any(|dir| said.contains(&format!("ATTRIB {dir}\n")))
         || said.lines().any(|line| line.starts_with("QUEUE_OVERFLOW"));
     (last, overflown)
+}
+
+/// Those of the files, all of which are there now, that nothing was heard of, or last that they are gone.
+fn missed(files: impl Iterator<Item = String>, last: &BTreeMap<&str, &str>) -> Vec<String> {
+    let is_missed = |path: &String| last.get(path.as_str()).is_none_or(|what| *what == "DELETE");
+    files.filter(is_missed).collect()
+}
+
+/// Starts a program in the guest that watches the directories that both branches have.
+fn watch(machine: &Machine<'_>) -> Running {
+    let watched: Vec<_> = shared().collect();
+    let mut words = vec!["/tmp/peer", "inotify"];
+    words.extend(watched.iter().map(String::as_str));
+    let watching = machine.start(&words);
+    watching.expect_stdout("listening\n");
+    watching
+}
+
+/// Ends it when it has heard of all that was done on the host, and gives what it says.
+#[track_caller]
+fn hear_out(watching: Running, dir: &Path) -> String {
+    // Events come in order: what is heard of last was made last.
+    let mut made = 0;
+    eventually("the watcher hears of a new file", || {
+        made += 1;
+        let end = format!("d{}/end-{made}", DIRECTORIES - 1);
+        on_host(dir, &format!("echo >{end}"));
+        watching.said_so_far().contains("/end-").then_some(())
+    });
+    on_host(dir, &format!("rm d{}/end-*", DIRECTORIES - 1));
+    watching.signal(Signal::TERM);
+    watching.wait().text()
 }
 
 /// Whether this machine has git; its root is the guest's.
@@ -120,11 +155,7 @@ fn a_checkout_on_the_host_loses_nothing_for_who_reads_and_watches_in_the_guest()
     let machine = machines.idle(guest);
     machine.plant_peer();
     expect_same(&machine, dir.path(), "before anything is changed");
-    let watched: Vec<_> = shared().collect();
-    let mut words = vec!["/tmp/peer", "inotify"];
-    words.extend(watched.iter().map(String::as_str));
-    let watching = machine.start(&words);
-    watching.expect_stdout("listening\n");
+    let watching = watch(&machine);
     let reading = machine.start(&[
         "sh",
         "-c",
@@ -137,29 +168,26 @@ fn a_checkout_on_the_host_loses_nothing_for_who_reads_and_watches_in_the_guest()
     drop(reading);
     expect_same(&machine, dir.path(), "after three checkouts on the host");
 
-    // Events come in order: what is heard of last was made last.
-    let mut made = 0;
-    eventually("the watcher hears of a new file", || {
-        made += 1;
-        let end = format!("d{DIRECTORIES}/end-{made}");
-        on_host(dir.path(), &format!("echo >{end}"));
-        watching.said_so_far().contains("/end-").then_some(())
-    });
-    on_host(dir.path(), &format!("rm d{DIRECTORIES}/end-*"));
-    watching.signal(Signal::TERM);
-    let said = watching.wait().text();
+    let said = hear_out(watching, dir.path());
     let (last, overflown) = heard(&said);
-    let missed: Vec<_> = watched
-        .iter()
-        .flat_map(|dir| (1..=FILES).map(move |file| format!("{dir}/f{file}")))
-        .filter(|path| last.get(path.as_str()).is_none_or(|what| *what == "DELETE"))
-        .collect();
-    assert!(
-        missed.is_empty() || overflown,
-        "{} files are there now and nothing was heard of them, or that they went last, such as {:?}",
-        missed.len(),
-        &missed[..missed.len().min(6)]
+    let files = shared().flat_map(|dir| (1..=FILES).map(move |file| format!("{dir}/f{file}")));
+    let missed = missed(files, &last);
+    assert!(missed.is_empty() || overflown, "not heard of: {missed:?}");
+
+    // So few changes are told one by one.
+    let watching = watch(&machine);
+    checkout("few");
+    let said = hear_out(watching, dir.path());
+    let (last, overflown) = heard(&said);
+    let missed = self::missed(
+        shared().take(SHARED - 1).map(|dir| format!("{dir}/f1")),
+        &last,
     );
+    assert!(
+        missed.is_empty() && !overflown,
+        "not heard of: {missed:?} in {said}"
+    );
+    checkout("other");
     git_works_in(&machine, dir.path());
 }
 
