@@ -7,10 +7,12 @@ use std::process::Command;
 
 use crate::host;
 use crate::process::{Input, Output, Running};
+use crate::user::User;
 
 /// A machine that is yet to be started.
 #[derive(Debug)]
 pub struct Guest {
+    program: Command,
     options: Vec<OsString>,
     has_host_root: bool,
     directory: Option<PathBuf>,
@@ -31,6 +33,7 @@ impl Guest {
     pub fn new() -> Self {
         host::is_emulated();
         Self {
+            program: Command::new(host::mvm()),
             options: Vec::new(),
             has_host_root: false,
             directory: None,
@@ -67,6 +70,12 @@ impl Guest {
             directory: Some(directory.to_owned()),
             ..Self::new()
         }
+    }
+
+    /// Has `user` run it, whose environment is empty but for what is asked for.
+    pub fn by(mut self, user: &User) -> Self {
+        self.program = user.mvm();
+        self.environment("XDG_CACHE_HOME", user.cache())
     }
 
     /// Takes this image for the root.
@@ -111,8 +120,8 @@ impl Guest {
     }
 
     /// Sets a variable in the environment of `mvm` itself.
-    pub fn environment(mut self, name: &str, value: &str) -> Self {
-        self.environment.push((name.into(), value.into()));
+    pub fn environment(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        self.environment.push((name.into(), value.as_ref().into()));
         self
     }
 
@@ -170,8 +179,9 @@ impl Guest {
     }
 
     fn into_command(self, command: &[&str]) -> (Command, Input, Option<File>) {
-        let mut process = Command::new(host::mvm());
-        process.args(self.arguments(command));
+        let words = self.arguments(command);
+        let mut process = self.program;
+        process.args(words);
         if let Some(directory) = &self.directory {
             process.current_dir(directory);
         }

@@ -39,6 +39,15 @@ pub fn workspace() -> &'static Path {
         .expect("the tests are a directory of the workspace")
 }
 
+/// Where the caller's caches are, and mvm keeps its kernels below, whatever HOME is for `mvm` itself.
+pub fn cache() -> PathBuf {
+    let typed = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    typed.unwrap_or_else(|| {
+        let home = env::var_os("HOME").expect("there is a home");
+        Path::new(&home).join(".cache")
+    })
+}
+
 /// Runs `mvm` with `arguments` to its end.
 pub fn run_mvm(arguments: &[&str]) -> Output {
     let mut command = Command::new(mvm());

@@ -18,11 +18,14 @@ pub mod kernel;
 pub mod machine;
 pub mod net;
 pub mod process;
+pub mod python;
 pub mod ssh;
 pub mod terminal;
 pub mod tmux;
+pub mod user;
 
 pub use guest::Guest;
 pub use machine::{Machine, Machines};
 pub use process::{Output, Running};
 pub use terminal::Terminal;
+pub use user::User;

@@ -215,6 +215,11 @@ impl Running {
         self.expect_in(&self.stderr, "standard error", text);
     }
 
+    /// What it has written to standard output so far.
+    pub fn said_so_far(&self) -> String {
+        String::from_utf8_lossy(&self.stdout.bytes()).into_owned()
+    }
+
     /// What it has written to standard error so far.
     pub fn errors_so_far(&self) -> String {
         String::from_utf8_lossy(&self.stderr.bytes()).into_owned()

@@ -6,6 +6,7 @@
 //! peer ask ADDRESS:PORT | vsock-host:PORT | unix:PATH QUESTION
 //! peer inotify DIR…
 //! peer files
+//! peer SECONDS
 //! ```
 //!
 //! It says `listening` when it listens, or watches. One thread a connection, but for `echo`, which is made for many.
@@ -16,7 +17,7 @@ use std::net::{Shutdown, TcpListener, TcpStream, UdpSocket};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::ExitCode;
 use std::thread;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::net::sockopt::set_socket_linger;
 use tests::net::{read_digest, write_pattern};
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
             let to = to.to_owned();
             serve(at, move |stream| relay(stream, &to))
         }
+        [seconds] => sleep(seconds),
         _ => Err(io::Error::other(format!("what is {words:?}?"))),
     };
     match result {
@@ -154,6 +156,14 @@ fn serve(
             }
         }
     }
+}
+
+/// What `sleep` does, whatever this file is named: busybox goes by its name, and ends at once as a copy.
+fn sleep(seconds: &str) -> io::Result<()> {
+    thread::sleep(Duration::from_secs(
+        seconds.parse().map_err(io::Error::other)?,
+    ));
+    Ok(())
 }
 
 /// Answers each line with the time: nanoseconds since 1970.
@@ -255,7 +265,7 @@ fn early(stream: Stream) -> io::Result<()> {
 fn reset(stream: Stream) -> io::Result<()> {
     (&stream).read_exact(&mut [0])?;
     if let Stream::Tcp(stream) = &stream {
-        set_socket_linger(stream, Some(std::time::Duration::ZERO))?;
+        set_socket_linger(stream, Some(Duration::ZERO))?;
     }
     drop(stream);
     Ok(())

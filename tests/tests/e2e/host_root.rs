@@ -9,8 +9,8 @@ use std::process::Command;
 
 use serde_json::Value;
 use tempfile::TempDir;
-use tests::host::{self, must_succeed};
-use tests::{Guest, Machines, Output, Running};
+use tests::host;
+use tests::{Guest, Machines, Output, Running, User};
 
 /// Somebody without privileges.
 const USER: u32 = 4322;
@@ -67,18 +67,9 @@ impl Home {
     fn guest(&self, directory: &str) -> Guest {
         Guest::of_host(&self.path(directory))
             .environment("HOME", self.dir.path().to_str().unwrap())
-            .environment("PATH", &self.search_path())
-            .environment("XDG_CACHE_HOME", cache().to_str().unwrap())
+            .environment("PATH", self.search_path())
+            .environment("XDG_CACHE_HOME", host::cache().to_str().unwrap())
     }
-}
-
-/// Where mvm keeps its kernels, whatever HOME is.
-fn cache() -> PathBuf {
-    let typed = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    typed.unwrap_or_else(|| {
-        let home = env::var_os("HOME").expect("there is a home");
-        Path::new(&home).join(".cache")
-    })
 }
 
 /// Whether the host has what the project is built with.
@@ -258,7 +249,7 @@ fn a_machine_in_the_background_has_the_callers_tools_when_it_is_started_again() 
     let mut restart = machine.command("restart", &["-t", "1"]);
     restart
         .env("HOME", home.dir.path())
-        .env("XDG_CACHE_HOME", cache());
+        .env("XDG_CACHE_HOME", host::cache());
     Running::start(restart, Vec::new()).wait().expect_code(0);
     host::eventually("the tool runs again", || {
         (said() == "tool: my own\n").then_some(())
@@ -327,49 +318,15 @@ fn what_the_host_replaces_removes_and_adds_below_the_root_is_seen() {
 #[test]
 fn a_user_without_privileges_has_their_own_name_and_files() {
     let test = "a_user_without_privileges_has_their_own_name_and_files";
-    if !host::is_root() {
-        host::skipped(test, "it takes root to be somebody else");
+    let Some(user) = User::new(test, USER) else {
         return;
-    }
-    let home = Home::new();
-    let mut own = Command::new("chown");
-    own.args(["-R", &format!("{USER}:{USER}")])
-        .arg(home.dir.path());
-    must_succeed(own);
-    // The program and its kernels, where that user finds them.
-    let place = tempfile::tempdir().expect("a temporary directory can be made");
-    let program = place.path().join("mvm");
-    fs::copy(host::mvm(), &program).unwrap();
-    let cached = place.path().join("mvm-cache");
-    fs::create_dir(&cached).unwrap();
-    let mut copy = Command::new("cp");
-    copy.arg("-aL").arg(cache().join("mvm")).arg(&cached);
-    must_succeed(copy);
-    let mut own = Command::new("chown");
-    own.args(["-R", &format!("{USER}:{USER}")])
-        .arg(place.path());
-    must_succeed(own);
-    let mvm = |words: &[&str]| {
-        let mut command = host::tool_command("setpriv", "util-linux");
-        command
-            .args([
-                &format!("--reuid={USER}"),
-                &format!("--regid={USER}"),
-                "--clear-groups",
-            ])
-            .arg(&program)
-            .args(words)
-            .env_clear()
-            .env("HOME", home.dir.path())
-            .env("PATH", home.search_path())
-            .env("XDG_CACHE_HOME", &cached)
-            .current_dir(home.path("project"));
-        Running::start(command, Vec::new()).wait()
     };
+    let home = Home::new();
+    user.give(home.dir.path());
+    let guest = home.guest("project").by(&user);
     let said = "id -u; tool; echo mine > made; stat -c %u made /etc/passwd $HOME; cat ~/.ssh/id_rsa
         cat /etc/shadow; touch /usr/x; touch ~/x && ls ~/x";
-    let output = mvm(&["run", "--boot-timeout", "170s", "--", "sh", "-c", said]);
-    mvm(&["accel", "stop"]);
+    let output = guest.run(said);
     let file = home.path("x");
     output.expect_code(0).expect_stdout(&format!(
         "{USER}\ntool: my own\n{USER}\n0\n{USER}\n{}\n",

@@ -18,6 +18,13 @@ fn the_exit_code_is_the_commands() {
     }
 }
 
+/// Where CPUID contradicts itself the kernel says so, and programs that believe a part of it die.
+#[test]
+fn the_kernel_finds_its_machine_consistent() {
+    let output = Guest::new().run("dmesg | grep -e 'WARNING: CPU' -e 'consistency problem'");
+    output.expect_stdout("").expect_code(1);
+}
+
 #[test]
 fn a_command_that_is_not_there_is_127_and_one_that_cannot_run_126() {
     let output = Guest::new().exec(&["no-such-command", "x"]);
