@@ -28,8 +28,8 @@ impl Share {
             Lookup if is_believed(reply) => advice.extend(self.listing(header.nodeid)),
             Create | Link | Mkdir | Mknod | Rmdir | Symlink | Unlink => {
                 advice.extend(self.changed(header.nodeid));
-                if opcode == Create && is_believed(reply) {
-                    advice.extend(self.is_new(reply));
+                if opcode == Create {
+                    advice.extend(self.is_new(reply).filter(|_| is_believed(reply)));
                 }
             }
             _ => {}
@@ -49,6 +49,7 @@ impl Share {
         })
     }
 
+    /// A file that was made, told once.
     fn is_new(&self, reply: &[u8]) -> Option<Advice> {
         let node = entry(reply)?.nodeid;
         let inode = self.inodes.get(node).ok()?;

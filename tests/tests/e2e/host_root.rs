@@ -112,6 +112,33 @@ fn a_project_is_built_and_tested_with_the_hosts_tools() {
 }
 
 #[test]
+fn a_crate_is_built_with_the_hosts_cargo_and_again_after_the_host_has_changed_it() {
+    let project = tempfile::tempdir().unwrap();
+    let at = |name: &str| project.path().join(name);
+    let manifest = "[package]\nname = \"greet\"\nedition = \"2024\"\n";
+    fs::write(at("Cargo.toml"), manifest).unwrap();
+    fs::create_dir(at("src")).unwrap();
+    let program = |said: &str| format!("fn main() {{ println!(\"{said}\"); }}\n");
+    fs::write(at("src/main.rs"), program("hello")).unwrap();
+    // What the outer environment says of cargo is for the tests' own.
+    let script = "export CARGO_TARGET_DIR=target
+        cargo build --quiet --offline && target/debug/greet && sync && echo built
+        until grep -q again src/main.rs; do sleep 0.1; done
+        cargo build --quiet --offline && target/debug/greet";
+    let guest = Guest::of_host(project.path()).start(&["sh", "-c", script]);
+    guest.expect_stdout("built\n");
+    assert!(at("target/debug/greet").is_file());
+    fs::write(at("src/main.rs"), program("hello again")).unwrap();
+    let output = guest.wait();
+    output
+        .expect_code(0)
+        .expect_stdout("hello\nbuilt\nhello again\n")
+        .expect_nothing_left();
+    let made = fs::metadata(at("target/debug/greet")).unwrap();
+    assert_eq!(made.uid(), rustix::process::geteuid().as_raw());
+}
+
+#[test]
 fn what_is_nobodys_business_is_not_there_for_the_guests_root_either() {
     let home = Home::new();
     symlink("../.ssh/id_rsa", home.path("project/link")).unwrap();
