@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 pub use self::copy::{FromUnpack, Landing, Pack, Report, Unpack};
 pub use self::mount::{
     AFTER_REPLIES, ATTRIBUTES, ChangeKind, FromMount, HostChange, LIST, MAX_MOUNT_QUEUES, Mount,
-    MountPoint, MountStream, Mounted, NEW, NewDirectory, ToMount,
+    MountPoint, MountStream, Mounted, NEW, NewDirectory, ToMount, for_agent,
 };
 
 /// Changes with every change of a message.

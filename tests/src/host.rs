@@ -48,6 +48,14 @@ pub fn cache() -> PathBuf {
     })
 }
 
+/// Runs a shell's commands in a directory of the host, which must succeed.
+#[track_caller]
+pub fn run_in(dir: &Path, script: &str) {
+    let mut shell = Command::new("sh");
+    shell.args(["-ec", script]).current_dir(dir);
+    must_succeed(shell);
+}
+
 /// Runs `mvm` with `arguments` to its end.
 pub fn run_mvm(arguments: &[&str]) -> Output {
     let mut command = Command::new(mvm());

@@ -1,7 +1,6 @@
 //! Programs in Python that tests run in guests, with the Python of the host's root: they check many things in one
 //! machine, and say of each whether it was as it should be (`tests/src/checks.py`).
 
-use std::path::Path;
 use std::process::Command;
 
 use crate::host;
@@ -37,14 +36,6 @@ pub fn python(program: &str, arguments: &[&str]) -> Vec<String> {
     let words = [PYTHON, "-c", &program];
     let words = words.iter().chain(arguments);
     words.map(|word| (*word).to_owned()).collect()
-}
-
-/// Runs a shell's commands in `dir` on the host, which must succeed.
-#[track_caller]
-pub fn on_host(dir: &Path, script: &str) {
-    let mut shell = Command::new("sh");
-    shell.args(["-ec", script]).current_dir(dir);
-    host::must_succeed(shell);
 }
 
 /// Does what a program asks the host for (`host(WHAT)`), whose input is left open, until it ends; it must find

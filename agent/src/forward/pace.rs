@@ -83,7 +83,7 @@ impl Pace {
             self.count = 0;
             self.since = None;
         } else if self.count >= self.enough && socket_option::wake_at(from, BATCH).is_ok() {
-            let interval = 2 * interval.max(SOONEST / 2);
+            let interval = SOONEST.max(2 * interval);
             self.batches = Some(Batches {
                 count: 0,
                 poor_looks: 0,

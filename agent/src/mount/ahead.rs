@@ -5,6 +5,7 @@
 //! itself. The host sees that, and says which directory is better listed, and how much of it.
 
 use std::collections::VecDeque;
+use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -13,10 +14,8 @@ use std::time::Duration;
 use rustix::fs::{Mode, OFlags, RawDir, openat};
 use rustix::io::Errno;
 
-use super::attach::Attached;
 use super::handle::Handle;
-use super::view::View;
-use crate::tree::Tree;
+use super::view::{Lookout, View};
 
 /// How many directories wait to be listed, and of how many it is kept in mind how far that is.
 const DIRECTORIES: usize = 16;
@@ -65,21 +64,17 @@ impl Ahead {
     }
 
     /// Lists what is asked for in the folder, until the end.
-    pub fn attend(&self, attached: &Attached, root: &Tree) {
-        let mut listings: Option<Listings> = None;
+    pub fn attend(&self, lookout: Lookout) {
+        let mut listings = Listings {
+            lookout,
+            directories: VecDeque::new(),
+            buffer: vec![MaybeUninit::uninit(); BUFFER].into(),
+        };
         loop {
-            match self.next(listings.is_some()) {
-                Next::List(wanted) => {
-                    if listings.is_none() {
-                        // Where it is not at its place any more, nobody looks anything up.
-                        listings = Listings::open(attached, root);
-                    }
-                    if let Some(listings) = &mut listings {
-                        // Whoever needs what it would have brought asks for it, and hears of errors then.
-                        let _ = listings.list(wanted);
-                    }
-                }
-                Next::Nothing => listings = None,
+            match self.next(listings.lookout.is_open()) {
+                // Whoever needs what it would have brought asks for it, and hears of errors then.
+                Next::List(wanted) => drop(listings.list(wanted)),
+                Next::Nothing => listings.close(),
                 Next::End => return,
             }
         }
@@ -119,7 +114,7 @@ enum Next {
 
 /// Directories of a folder, each as far as it was listed.
 struct Listings {
-    view: View,
+    lookout: Lookout,
     directories: VecDeque<Listing>,
     buffer: Box<[MaybeUninit<u8>]>,
 }
@@ -132,21 +127,16 @@ struct Listing {
 }
 
 impl Listings {
-    fn open(attached: &Attached, root: &Tree) -> Option<Self> {
-        let view = View::new(&attached.open(root).ok()?).ok()?;
-        Some(Self {
-            view,
-            directories: VecDeque::new(),
-            buffer: vec![MaybeUninit::uninit(); BUFFER].into(),
-        })
-    }
-
     /// Lists a directory from where that was left off.
-    fn list(&mut self, (node, wanted): Wanted) -> Result<(), Errno> {
+    fn list(&mut self, (node, wanted): Wanted) -> io::Result<()> {
+        // Where the folder is not at its place any more, nobody looks anything up.
+        let Some(view) = self.lookout.view()? else {
+            return Ok(());
+        };
         let known = self.directories.iter().position(|known| known.node == node);
         let mut listing = match known.and_then(|at| self.directories.remove(at)) {
             Some(listing) => listing,
-            None => Listing::open(&self.view, node)?,
+            None => Listing::open(view, node)?,
         };
         listing.go_on(wanted, &mut self.buffer)?;
         if self.directories.len() >= DIRECTORIES {
@@ -154,6 +144,12 @@ impl Listings {
         }
         self.directories.push_back(listing);
         Ok(())
+    }
+
+    /// Lets go of the folder.
+    fn close(&mut self) {
+        self.directories.clear();
+        self.lookout.close();
     }
 }
 

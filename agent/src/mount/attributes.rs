@@ -8,13 +8,12 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::message::{number, word};
+use super::message::{self, IN_HEADER, OUT_HEADER};
 
 /// As many directories are kept in mind.
 const REMEMBERED: usize = 16;
 
-/// `fuse_in_header.opcode`, and its values `FUSE_GETATTR`, `FUSE_RENAME` and `FUSE_RENAME2`.
-const OPCODE: usize = 4;
+/// The opcodes `FUSE_GETATTR`, and `FUSE_RENAME` and `FUSE_RENAME2`.
 const GETATTR: u32 = 3;
 const RENAMES: [u32; 2] = [12, 45];
 
@@ -23,20 +22,12 @@ const RENAMES: [u32; 2] = [12, 45];
 /// `FUSE_INTERRUPT`, `FUSE_BATCH_FORGET` and `FUSE_READDIRPLUS`.
 const CHANGE_NOTHING: [u32; 12] = [1, 2, 5, 17, 22, 23, 27, 28, 29, 36, 42, 44];
 
-/// `fuse_in_header.unique` and `fuse_in_header.nodeid`; behind the header, `fuse_rename_in.newdir` and
-/// `fuse_rename2_in.newdir`.
-const UNIQUE: usize = 8;
-const NODE: usize = 16;
-const NEW_DIRECTORY: usize = 40;
+/// `fuse_rename_in.newdir` and `fuse_rename2_in.newdir`.
+const NEW_DIRECTORY: usize = IN_HEADER;
 
-/// `struct fuse_attr_out`, and `struct fuse_out_header` before it.
+/// The length of `fuse_attr_out`, and of a reply with it.
 const ATTRIBUTES: usize = 104;
-const REPLY: usize = 16 + ATTRIBUTES;
-
-/// A notification's kind, that of `FUSE_NOTIFY_INVAL_INODE`, and the inode's number.
-const KIND: usize = 4;
-const INVAL_INODE: u32 = 2;
-const INODE: usize = 16;
+const REPLY: usize = OUT_HEADER + ATTRIBUTES;
 
 /// What is known of directories.
 #[derive(Debug, Default)]
@@ -70,34 +61,28 @@ impl Attributes {
 
     /// The reply to a request for such attributes; None where the host is to be asked.
     pub fn reply_to(&self, request: &[u8]) -> Option<[u8; REPLY]> {
-        let opcode = word(request, OPCODE)?;
+        let opcode = message::opcode(request)?;
         if CHANGE_NOTHING.contains(&opcode) {
             return None;
         }
-        let node = number(request, NODE)?;
+        let node = message::node(request)?;
         let mut state = self.lock();
         if state.known.is_empty() {
             return None;
         }
         let attributes = state.forget(node);
         if RENAMES.contains(&opcode) {
-            state.forget(number(request, NEW_DIRECTORY)?);
+            state.forget(message::number(request, NEW_DIRECTORY)?);
         }
         let attributes = attributes.filter(|_| opcode == GETATTR)?;
-        let mut reply = [0; REPLY];
-        reply[0] = REPLY as u8;
-        reply[8..16].copy_from_slice(request.get(UNIQUE..NODE)?);
-        reply[16..].copy_from_slice(&attributes);
+        let mut reply = message::reply::<REPLY>(request, 0)?;
+        reply[OUT_HEADER..].copy_from_slice(&attributes);
         Some(reply)
     }
 
-    /// The kernel is told of this change on the host.
-    pub fn note(&self, notification: &[u8]) {
-        if word(notification, KIND) == Some(INVAL_INODE)
-            && let Some(node) = number(notification, INODE)
-        {
-            self.lock().forget(node);
-        }
+    /// Something else may have happened to a directory.
+    pub fn forget(&self, node: u64) {
+        self.lock().forget(node);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -122,9 +107,9 @@ mod tests {
 
     fn request(opcode: u32, node: u64) -> Vec<u8> {
         let mut request = vec![0; 48];
-        request[OPCODE..OPCODE + 4].copy_from_slice(&opcode.to_le_bytes());
-        request[UNIQUE] = 9;
-        request[NODE..NODE + 8].copy_from_slice(&node.to_le_bytes());
+        request[4..8].copy_from_slice(&opcode.to_le_bytes());
+        request[8] = 9;
+        request[16..24].copy_from_slice(&node.to_le_bytes());
         request
     }
 
@@ -165,11 +150,7 @@ mod tests {
         assert_eq!(known.reply_to(&rename), None);
         assert_eq!(asked(&known, 6), None);
         known.add(7, 3, &[3; ATTRIBUTES]);
-        let mut change = vec![0; 40];
-        change[KIND] = 2;
-        change[INODE] = 7;
-        known.note(&change[..INODE]);
-        known.note(&change);
+        known.forget(7);
         assert_eq!(asked(&known, 7), None);
     }
 

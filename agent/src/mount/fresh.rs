@@ -7,30 +7,18 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::message::{number, word};
+use super::message::{self, IN_HEADER, OUT_HEADER};
 
 /// As many files are remembered: those that are in the making at a time.
 const REMEMBERED: usize = 64;
 
-/// `fuse_in_header.opcode`, and its values `FUSE_SETXATTR` and `FUSE_GETXATTR`.
-const OPCODE: usize = 4;
+/// The opcodes `FUSE_SETXATTR` and `FUSE_GETXATTR`.
 const SETXATTR: u32 = 21;
 const GETXATTR: u32 = 22;
 
-/// `fuse_in_header.unique` and `fuse_in_header.nodeid`.
-const UNIQUE: usize = 8;
-const NODE: usize = 16;
-
-/// Where a `FUSE_GETXATTR` has the name: behind `fuse_in_header` and `fuse_getxattr_in`.
-const NAME: usize = 40 + 8;
+/// Where a `FUSE_GETXATTR` has the name: behind `fuse_getxattr_in`.
+const NAME: usize = IN_HEADER + 8;
 const CAPABILITY: &[u8] = b"security.capability\0";
-
-/// `fuse_out_header`: its length; where a notification has its kind, and that of `FUSE_NOTIFY_INVAL_INODE`; and behind
-/// it the inode's number.
-const REPLY: usize = 16;
-const KIND: usize = 4;
-const INVAL_INODE: u32 = 2;
-const INODE: usize = REPLY;
 
 /// The nodes of files that have no `security.capability`.
 #[derive(Debug, Default)]
@@ -47,12 +35,12 @@ impl Fresh {
     }
 
     /// The reply to a request for what such a file has not: `ENODATA`. None where the host is to be asked.
-    pub fn reply_to(&self, request: &[u8]) -> Option<[u8; REPLY]> {
-        let opcode = word(request, OPCODE)?;
+    pub fn reply_to(&self, request: &[u8]) -> Option<[u8; OUT_HEADER]> {
+        let opcode = message::opcode(request)?;
         if !matches!(opcode, SETXATTR | GETXATTR) {
             return None;
         }
-        let node = number(request, NODE)?;
+        let node = message::node(request)?;
         if opcode == SETXATTR {
             self.forget(node);
             return None;
@@ -60,23 +48,11 @@ impl Fresh {
         if request.get(NAME..)? != CAPABILITY || !self.lock().contains(&node) {
             return None;
         }
-        let mut reply = [0; REPLY];
-        reply[0] = REPLY as u8;
-        reply[4..8].copy_from_slice(&(-libc::ENODATA).to_le_bytes());
-        reply[8..].copy_from_slice(request.get(UNIQUE..NODE)?);
-        Some(reply)
+        message::reply(request, -libc::ENODATA)
     }
 
-    /// The kernel is told of this change on the host.
-    pub fn note(&self, notification: &[u8]) {
-        if word(notification, KIND) == Some(INVAL_INODE)
-            && let Some(node) = number(notification, INODE)
-        {
-            self.forget(node);
-        }
-    }
-
-    fn forget(&self, node: u64) {
+    /// Something else may have happened to a file.
+    pub fn forget(&self, node: u64) {
         self.lock().retain(|known| *known != node);
     }
 
@@ -91,9 +67,9 @@ mod tests {
 
     fn request(opcode: u32, node: u64, name: &[u8]) -> Vec<u8> {
         let mut request = vec![0; NAME];
-        request[OPCODE..OPCODE + 4].copy_from_slice(&opcode.to_le_bytes());
-        request[UNIQUE] = 9;
-        request[NODE..NODE + 8].copy_from_slice(&node.to_le_bytes());
+        request[4..8].copy_from_slice(&opcode.to_le_bytes());
+        request[8] = 9;
+        request[16..24].copy_from_slice(&node.to_le_bytes());
         request.extend(name);
         request
     }
@@ -113,12 +89,7 @@ mod tests {
         );
         assert_eq!(fresh.reply_to(&request(SETXATTR, 5, CAPABILITY)), None);
         assert_eq!((asked(5), asked(6)), (None, Some(enodata)));
-        let mut change = vec![0; REPLY + 24];
-        change[KIND] = 2;
-        change[INODE] = 6;
-        fresh.note(&change[..INODE]);
-        assert_eq!(asked(6), Some(enodata));
-        fresh.note(&change);
+        fresh.forget(6);
         assert_eq!(asked(6), None);
     }
 

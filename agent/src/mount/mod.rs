@@ -14,6 +14,7 @@ mod device;
 mod ending;
 mod fresh;
 mod handle;
+mod known;
 mod message;
 mod order;
 mod outbox;
@@ -45,14 +46,14 @@ use rustix::mount::UnmountFlags;
 use self::ahead::Ahead;
 use self::alarm::Alarm;
 use self::attach::{Attached, Filesystem, Place, Refusal};
-use self::attributes::Attributes;
 use self::ending::{Ending, Why};
-use self::fresh::Fresh;
+use self::known::Known;
 use self::order::{Advice, Replies};
 use self::outbox::Outbox;
 use self::overlay::Overlay;
 use self::point::Point;
 use self::replay::Replayer;
+use self::view::Lookout;
 use crate::connection::Connection;
 use crate::rendezvous::PATIENCE;
 use crate::root::Missing;
@@ -89,13 +90,6 @@ struct Folder {
     carrying: Carrying,
     attached: Arc<Attached>,
     replayer: Replayer,
-}
-
-/// What the host has said of files before it was asked.
-#[derive(Debug, Default)]
-struct Known {
-    fresh: Fresh,
-    attributes: Attributes,
 }
 
 /// What carries a filesystem's messages.
@@ -173,8 +167,8 @@ impl Folder {
         let attached = Arc::new(attached);
         tune::read_ahead(attached.device);
         let (tree, device) = (Arc::clone(&machine.root), Arc::clone(&carrying.device));
-        let (ahead, listed) = (Arc::clone(&carrying.ahead), Arc::clone(&attached));
-        let started = pump::start_ahead(ahead, listed, Arc::clone(&tree)).and_then(|listing| {
+        let lookout = Lookout::new(Arc::clone(&attached), Arc::clone(&tree));
+        let started = pump::start_ahead(Arc::clone(&carrying.ahead), lookout).and_then(|listing| {
             carrying.pumps.push(listing);
             Replayer::start(Arc::clone(&attached), tree, device)
         });
@@ -365,8 +359,7 @@ impl Carrying {
             let (overlay, known) = (Arc::clone(&self.overlay), Arc::clone(&self.known));
             let note = move |notification: &[u8]| {
                 overlay.note(notification);
-                known.fresh.note(notification);
-                known.attributes.note(notification);
+                known.note(notification);
             };
             let device = Arc::clone(device);
             let pump = pump::start_notifications(stream, device, given, note, ending())?;

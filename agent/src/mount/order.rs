@@ -6,10 +6,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 
+use super::message::{self, OUT_HEADER};
 use agent::protocol::{AFTER_REPLIES, ATTRIBUTES, LIST, NEW};
-
-/// `fuse_out_header`: u32 length, i32 error, u64 unique.
-const HEADER: usize = 16;
 
 /// How many replies the kernel has been given.
 #[derive(Debug)]
@@ -101,8 +99,7 @@ pub enum Advice<'a> {
 
 /// What the host advises, where `message` says so and is nothing for the kernel.
 pub fn advice(message: &[u8]) -> Option<Advice<'_>> {
-    // No reply has a positive number there.
-    let is_reply = i32::from_le_bytes(*message.get(4..)?.first_chunk()?) <= 0;
+    let is_reply = message::kind(message)? <= 0;
     if is_reply {
         return None;
     }
@@ -112,7 +109,7 @@ pub fn advice(message: &[u8]) -> Option<Advice<'_>> {
     }
     if let Some(mut numbers) = numbers(message, ATTRIBUTES) {
         let (node, number) = (numbers.next()?, numbers.next()?);
-        let attributes = message.get(HEADER + 2 * size_of::<u64>()..)?;
+        let attributes = message.get(OUT_HEADER + 2 * size_of::<u64>()..)?;
         return Some(Advice::Attributes {
             node,
             number,
@@ -125,9 +122,8 @@ pub fn advice(message: &[u8]) -> Option<Advice<'_>> {
 
 /// The numbers of a message for the agent of this kind.
 fn numbers(message: &[u8], kind: i32) -> Option<impl Iterator<Item = u64> + Clone> {
-    let (header, rest) = message.split_at_checked(HEADER)?;
-    let (error, unique) = header.get(4..)?.split_first_chunk::<4>()?;
-    if i32::from_le_bytes(*error) != kind || unique != [0; 8] {
+    let (header, rest) = message.split_at_checked(OUT_HEADER)?;
+    if message::kind(header)? != kind || message::number(header, 8)? != 0 {
         return None;
     }
     let (numbers, _) = rest.as_chunks::<8>();
@@ -138,15 +134,12 @@ fn numbers(message: &[u8], kind: i32) -> Option<impl Iterator<Item = u64> + Clon
 mod tests {
     use std::thread;
 
+    use agent::protocol::for_agent;
+
     use super::*;
 
     fn message(counts: &[u64]) -> Vec<u8> {
-        let length = u32::try_from(HEADER + 8 * counts.len()).unwrap();
-        let mut message = length.to_le_bytes().to_vec();
-        message.extend(AFTER_REPLIES.to_le_bytes());
-        message.extend([0; 8]);
-        message.extend(counts.iter().flat_map(|count| count.to_le_bytes()));
-        message
+        for_agent(AFTER_REPLIES, counts, &[])
     }
 
     #[test]
@@ -165,8 +158,7 @@ mod tests {
     #[test]
     fn advice_is_told_from_replies_and_notifications() {
         let told = |kind: i32, numbers: &[u64]| {
-            let mut message = message(numbers);
-            message[4..8].copy_from_slice(&kind.to_le_bytes());
+            let message = for_agent(kind, numbers, &[]);
             advice(&message).map(|advice| format!("{advice:?}"))
         };
         let shown = |advice: Advice<'_>| Some(format!("{advice:?}"));
@@ -179,8 +171,7 @@ mod tests {
             number: 8,
             attributes: &9_u64.to_le_bytes(),
         };
-        let mut with_attributes = message(&[7, 8, 9]);
-        with_attributes[4..8].copy_from_slice(&ATTRIBUTES.to_le_bytes());
+        let with_attributes = for_agent(ATTRIBUTES, &[7, 8], &9_u64.to_le_bytes());
         assert_eq!(advice(&with_attributes), Some(attributes));
         for nothing in [told(LIST, &[1]), told(NEW, &[]), told(0, &[7, 7])] {
             assert_eq!(nothing, None);

@@ -10,25 +10,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::alarm::Alarm;
-use super::message::word;
+use super::message::{self, IN_HEADER, OUT_HEADER, word};
 use crate::connection::Connection;
 
-/// `fuse_in_header.opcode`, and its values `FUSE_RELEASE` and `FUSE_RELEASEDIR`, `FUSE_FORGET` and
-/// `FUSE_BATCH_FORGET`.
-const OPCODE: usize = 4;
+/// The opcodes `FUSE_RELEASE` and `FUSE_RELEASEDIR`, `FUSE_FORGET` and `FUSE_BATCH_FORGET`.
 const RELEASES: [u32; 2] = [18, 29];
 const FORGETS: [u32; 2] = [2, 42];
 
-/// `fuse_in_header.unique`.
-const UNIQUE: usize = 8;
-
-/// The length of `fuse_in_header`, and behind it `fuse_release_in.flags`, those of open(2).
-const HEADER: usize = 40;
-const FLAGS: usize = HEADER + 8;
+/// `fuse_release_in.flags`, those of open(2).
+const FLAGS: usize = IN_HEADER + 8;
 const O_ACCMODE: u32 = 0o3;
-
-/// The length of `fuse_out_header`.
-const REPLY: usize = 16;
 
 /// For how long requests are held back.
 pub const PATIENCE: Duration = Duration::from_millis(20);
@@ -37,22 +28,16 @@ pub const PATIENCE: Duration = Duration::from_millis(20);
 const HELD: usize = 4 << 10;
 
 /// The reply to a request for which nobody has to ask the host; None where it has to be asked.
-pub fn reply_to(request: &[u8]) -> Option<[u8; REPLY]> {
-    let opcode = word(request, OPCODE)?;
-    let unique: &[u8; 8] = request.get(UNIQUE..)?.first_chunk()?;
-    if !RELEASES.contains(&opcode) {
-        return None;
+pub fn reply_to(request: &[u8]) -> Option<[u8; OUT_HEADER]> {
+    match RELEASES.contains(&message::opcode(request)?) {
+        true => message::reply(request, 0),
+        false => None,
     }
-    let mut reply = [0; REPLY];
-    // Its length, and no error.
-    reply[0] = REPLY as u8;
-    reply[8..].copy_from_slice(unique);
-    Some(reply)
 }
 
 /// Whether a request can wait: nobody waits for what it does.
 pub fn can_wait(request: &[u8]) -> bool {
-    match word(request, OPCODE) {
+    match message::opcode(request) {
         Some(opcode) if FORGETS.contains(&opcode) => request.len() < HELD,
         Some(opcode) if RELEASES.contains(&opcode) => {
             word(request, FLAGS).is_some_and(|flags| flags & O_ACCMODE == 0)
@@ -144,8 +129,8 @@ mod tests {
     fn request(opcode: u32, unique: u64) -> Vec<u8> {
         let mut request = vec![0; 40];
         request[0] = 40;
-        request[OPCODE..OPCODE + 4].copy_from_slice(&opcode.to_le_bytes());
-        request[UNIQUE..UNIQUE + 8].copy_from_slice(&unique.to_le_bytes());
+        request[4..8].copy_from_slice(&opcode.to_le_bytes());
+        request[8..16].copy_from_slice(&unique.to_le_bytes());
         request
     }
 
@@ -162,8 +147,7 @@ mod tests {
         let mut bytes = vec![0; 40 * count];
         host.read_exact(&mut bytes).unwrap();
         let (requests, _) = bytes.as_chunks::<40>();
-        let unique =
-            |request: &[u8; 40]| u64::from_le_bytes(*request[UNIQUE..].first_chunk().unwrap());
+        let unique = |request: &[u8; 40]| u64::from_le_bytes(*request[8..].first_chunk().unwrap());
         requests.iter().map(unique).collect()
     }
 

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::alarm::Alarm;
+use super::message;
 
 /// What has the kernel forget names, and what it is told for that (proc_sys_vm(5)).
 const DROP_CACHES: &str = "/proc/sys/vm/drop_caches";
@@ -18,9 +19,7 @@ const NAMES: &str = "2";
 /// How long the kernel may believe what is no more: forgetting costs time, and changes come in bursts.
 pub const PATIENCE: Duration = Duration::from_millis(300);
 
-/// `fuse_out_header.error` of a notification: its kind. Of a name, `FUSE_NOTIFY_INVAL_ENTRY` and
-/// `FUSE_NOTIFY_DELETE`.
-const KIND: usize = 4;
+/// Notifications of a name: `FUSE_NOTIFY_INVAL_ENTRY` and `FUSE_NOTIFY_DELETE`.
 const OF_NAMES: [i32; 2] = [3, 6];
 
 /// Whether a folder lies below an overlay, and who is to hear of changed names then.
@@ -40,9 +39,8 @@ impl Overlay {
 
     /// The kernel was given this notification, of something that it knew.
     pub fn note(&self, notification: &[u8]) {
-        let kind = notification.get(KIND..).and_then(|rest| rest.first_chunk());
         if let Some(alarm) = &self.0
-            && kind.is_some_and(|kind| OF_NAMES.contains(&i32::from_le_bytes(*kind)))
+            && message::kind(notification).is_some_and(|kind| OF_NAMES.contains(&kind))
         {
             alarm.set();
         }
@@ -67,7 +65,7 @@ mod tests {
     fn only_names_that_changed_are_a_reason_to_forget() {
         let notification = |kind: i32| {
             let mut message = vec![0; 32];
-            message[KIND..KIND + 4].copy_from_slice(&kind.to_le_bytes());
+            message[4..8].copy_from_slice(&kind.to_le_bytes());
             message
         };
         let alarm = Arc::new(Alarm::default());

@@ -1,7 +1,7 @@
 //! Carrying FUSE messages between the kernel and the host, one thread a direction of each queue.
 //!
-//! A message is two system calls on its way: it is read whole and written whole, with nothing looked at
-//! but its length and whether it closes a file, and nothing allocated. Both threads of a queue block in the
+//! A message is two system calls on its way: it is read whole and written whole, with nothing looked at but its header
+//! and what of it need not go to the host, and nothing allocated. Both threads of a queue block in the
 //! kernel, where exactly one of those that wait for requests is woken for each.
 
 use std::io;
@@ -13,23 +13,20 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
 
-use super::Known;
 use super::ahead::Ahead;
 use super::alarm::Alarm;
-use super::attach::Attached;
 use super::ending::{Ending, Why};
+use super::known::Known;
+use super::message::OUT_HEADER;
 use super::order::{self, Advice, Replies};
 use super::outbox::{self, Outbox};
 use super::overlay;
+use super::view::Lookout;
 use crate::connection::Connection;
 use crate::socket_option;
-use crate::tree::Tree;
 
 /// The longest message: 1 MiB of a file's data, headers, and two names; the server on the host asks for no more.
 const MAX_MESSAGE: usize = (1 << 20) + (8 << 10);
-
-/// `fuse_out_header`: its length, an error, and which request it answers.
-const HEADER: usize = 16;
 
 /// Messages up to this length are read together, as many as are there.
 const BATCH: usize = 64 << 10;
@@ -155,12 +152,8 @@ pub fn start_forgetting(alarm: Arc<Alarm>) -> io::Result<JoinHandle<()>> {
 }
 
 /// Starts the thread that lists directories of a folder ahead of who looks up their entries.
-pub fn start_ahead(
-    ahead: Arc<Ahead>,
-    attached: Arc<Attached>,
-    root: Arc<Tree>,
-) -> io::Result<JoinHandle<()>> {
-    start("fuse-ahead", move || ahead.attend(&attached, &root))
+pub fn start_ahead(ahead: Arc<Ahead>, lookout: Lookout) -> io::Result<JoinHandle<()>> {
+    start("fuse-ahead", move || ahead.attend(lookout))
 }
 
 /// Returns why there are no more.
@@ -179,12 +172,7 @@ fn carry_requests(from: &OwnedFd, to: &Outbox, known: &Known) -> Why {
         let answer = |reply: &[u8]| {
             let _ = rustix::io::write(from, reply);
         };
-        if let Some(reply) = known.fresh.reply_to(request) {
-            answer(&reply);
-            continue;
-        }
-        if let Some(reply) = known.attributes.reply_to(request) {
-            answer(&reply);
+        if known.answer(request, answer) {
             continue;
         }
         if let Some(reply) = outbox::reply_to(request) {
@@ -238,9 +226,9 @@ impl Inbox {
         };
         let length = usize::try_from(u32::from_le_bytes(length)).unwrap_or(usize::MAX);
         match length {
-            HEADER..=MAX_MESSAGE => Ok(Some(length)),
+            OUT_HEADER..=MAX_MESSAGE => Ok(Some(length)),
             _ => Err(Why::Failed(format!(
-                "the host announces a message of {length} bytes, where {HEADER} to {MAX_MESSAGE} are possible"
+                "the host announces a message of {length} bytes, where {OUT_HEADER} to {MAX_MESSAGE} are possible"
             ))),
         }
     }

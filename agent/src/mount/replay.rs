@@ -14,7 +14,7 @@ use rustix::io::Errno;
 
 use super::attach::Attached;
 use super::redo::{Redo, path};
-use super::view::View;
+use super::view::{Lookout, View};
 use super::watchers::{Watched, Watchers};
 use crate::tree::Tree;
 
@@ -66,11 +66,7 @@ impl Replayer {
         let shared = Arc::clone(&done);
         let state = State {
             watchers: Watchers::new(attached.device),
-            lookout: Lookout {
-                attached,
-                root,
-                view: None,
-            },
+            lookout: Lookout::new(attached, root),
             device,
             known: now(),
         };
@@ -143,37 +139,14 @@ struct State {
     known: i64,
 }
 
-/// The folder, as the thread sees it while it has something to do.
-pub struct Lookout {
-    attached: Arc<Attached>,
-    root: Arc<Tree>,
-    view: Option<View>,
-}
-
-impl Lookout {
-    /// The folder; None where it is not at its place any more, so that nobody sees it there.
-    pub fn view(&mut self) -> Option<&View> {
-        if self.view.is_none() {
-            let opened = self.attached.open(&self.root);
-            match opened.and_then(|top| View::new(&top)) {
-                Ok(view) => self.view = Some(view),
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => eprintln!(
-                    "mvm-agent: those who watch a shared folder are not told of the host's changes: {error}"
-                ),
-            }
-        }
-        self.view.as_ref()
-    }
-
-    /// Lets go of it, for changes that come in a row to need it once.
-    fn close(&mut self) {
-        self.view = None;
-    }
-
-    fn is_open(&self) -> bool {
-        self.view.is_some()
-    }
+/// The folder; None where it is not at its place any more, so that nobody sees it there.
+pub fn watched(lookout: &mut Lookout) -> Option<&View> {
+    lookout.view().unwrap_or_else(|error| {
+        eprintln!(
+            "mvm-agent: those who watch a shared folder are not told of the host's changes: {error}"
+        );
+        None
+    })
 }
 
 fn run(mut state: State, from: &Receiver<Vec<HostChange>>, done: &Done) {
@@ -203,7 +176,7 @@ impl State {
             self.watchers.look(&mut self.lookout);
         }
         if !self.watchers.watched.is_empty()
-            && let Some(view) = self.lookout.view()
+            && let Some(view) = watched(&mut self.lookout)
         {
             let redo = Redo {
                 view,

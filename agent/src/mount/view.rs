@@ -3,13 +3,15 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2, readlinkat};
 use rustix::io::Errno;
 use rustix::mount::{OpenTreeFlags, open_tree};
 
+use super::attach::Attached;
 use super::handle::{Handle, make_writable};
-use crate::tree::path_of;
+use crate::tree::{Tree, path_of};
 
 /// A folder that stays mounted as long as this is there.
 #[derive(Debug)]
@@ -20,6 +22,47 @@ pub struct View {
     directory: Option<OwnedFd>,
     /// The path of its top, as the kernel tells it.
     prefix: Vec<u8>,
+}
+
+/// A folder, as a thread sees it while it has something to do there.
+pub struct Lookout {
+    attached: Arc<Attached>,
+    root: Arc<Tree>,
+    view: Option<View>,
+}
+
+impl Lookout {
+    /// Onto a folder of the machine with this root; it is not in use yet.
+    pub fn new(attached: Arc<Attached>, root: Arc<Tree>) -> Self {
+        Self {
+            attached,
+            root,
+            view: None,
+        }
+    }
+
+    /// The folder; None where it is not at its place any more.
+    pub fn view(&mut self) -> io::Result<Option<&View>> {
+        if self.view.is_none() {
+            let opened = self.attached.open(&self.root);
+            match opened.and_then(|top| View::new(&top)) {
+                Ok(view) => self.view = Some(view),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(self.view.as_ref())
+    }
+
+    /// Lets go of it, until it is needed again.
+    pub fn close(&mut self) {
+        self.view = None;
+    }
+
+    /// Whether it is held.
+    pub fn is_open(&self) -> bool {
+        self.view.is_some()
+    }
 }
 
 impl View {

@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use rustix::fs::{CWD, Dir, Mode, OFlags, openat, readlinkat};
 
 use super::handle::Handle;
-use super::replay::Lookout;
-use super::view::View;
+use super::replay;
+use super::view::{Lookout, View};
 
 /// What an inotify instance's descriptor links to.
 const INOTIFY: &[u8] = b"anon_inode:inotify";
@@ -82,7 +82,7 @@ impl Watchers {
         let files = match handles.is_empty() {
             true => HashMap::new(),
             false => {
-                let view = lookout.view();
+                let view = replay::watched(lookout);
                 view.map_or_else(HashMap::new, |view| with_paths(handles, view))
             }
         };

@@ -48,6 +48,9 @@ pub enum MountStream {
     Notifications,
 }
 
+/// The length of the kernel's `fuse_out_header`.
+const OUT_HEADER: usize = 16;
+
 /// The `error` of a message among notifications that is for the agent and not for the kernel: those after it
 /// are given to the kernel once it has been given so many replies, in all, of each queue.
 ///
@@ -66,6 +69,21 @@ pub const NEW: i32 = i32::MAX - 2;
 /// The same for the attributes of a directory that has just been changed: the number of its node, that of the message,
 /// and the reply to a `FUSE_GETATTR` for it. Among those of one folder, a message with a lower number may say less.
 pub const ATTRIBUTES: i32 = i32::MAX - 3;
+
+/// A message for the agent, among replies or notifications: of this kind, with these numbers and then these bytes behind
+/// `fuse_out_header`.
+pub fn for_agent(kind: i32, numbers: &[u64], rest: &[u8]) -> Vec<u8> {
+    let length = OUT_HEADER + size_of_val(numbers) + rest.len();
+    let mut message = Vec::with_capacity(length);
+    message.extend(u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes());
+    message.extend(kind.to_le_bytes());
+    message.extend(0_u64.to_le_bytes());
+    for number in numbers {
+        message.extend(number.to_le_bytes());
+    }
+    message.extend(rest);
+    message
+}
 
 /// From the host, on a mount's connection.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

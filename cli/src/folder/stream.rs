@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
-use agent::protocol::{AFTER_REPLIES, ATTRIBUTES, LIST, NEW};
+use agent::protocol::{AFTER_REPLIES, ATTRIBUTES, LIST, NEW, for_agent};
 use share::wire::Opcode;
 use share::{Advice, Channel};
 
@@ -20,9 +20,6 @@ const BUFFER: usize = 64 << 10;
 
 /// The length of `struct fuse_in_header`.
 const REQUEST_HEADER: usize = 40;
-
-/// The length of `struct fuse_out_header`.
-const NOTICE_HEADER: usize = 16;
 
 /// As many bytes are read or written in no time.
 const LITTLE: usize = 64 << 10;
@@ -278,20 +275,6 @@ fn told(advice: &Advice) -> Vec<u8> {
             attributes,
         } => for_agent(ATTRIBUTES, &[*node, *number], attributes),
     }
-}
-
-/// A message for the agent, of this kind, with these numbers and then these bytes.
-fn for_agent(kind: i32, numbers: &[u64], rest: &[u8]) -> Vec<u8> {
-    let length = NOTICE_HEADER + size_of_val(numbers) + rest.len();
-    let mut message = Vec::with_capacity(length);
-    message.extend(u32::try_from(length).unwrap_or(u32::MAX).to_ne_bytes());
-    message.extend(kind.to_ne_bytes());
-    message.extend(0_u64.to_ne_bytes());
-    for number in numbers {
-        message.extend(number.to_le_bytes());
-    }
-    message.extend(rest);
-    message
 }
 
 /// Writes one message, most often with a single system call.

@@ -21,6 +21,10 @@ impl Share {
     pub(crate) fn advice(&self, message: &[u8], reply: &[u8]) -> Vec<Advice> {
         use Opcode::{Create, Link, Lookup, Mkdir, Mknod, Rmdir, Symlink, Unlink};
         let mut advice = Vec::new();
+        // What is soon not believed any more is not worth it.
+        if self.validity(true) <= BRIEFLY {
+            return advice;
+        }
         let Some((header, opcode)) = answered(message, reply) else {
             return advice;
         };

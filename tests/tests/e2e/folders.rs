@@ -3,7 +3,6 @@
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
-use std::process::Command;
 
 use rustix::process::Signal;
 use serde_json::Value;
@@ -27,11 +26,7 @@ fn volume(dir: &TempDir, rest: &str) -> String {
 /// Runs a shell's commands in the shared directory on the host.
 #[track_caller]
 fn on_host(dir: &TempDir, script: &str) {
-    let mut shell = Command::new("sh");
-    shell
-        .args(["-ec", script])
-        .current_dir(dir.path().join("src"));
-    host::must_succeed(shell);
+    host::run_in(&dir.path().join("src"), script);
 }
 
 fn read(dir: &TempDir, path: &str) -> String {

@@ -6,19 +6,8 @@ use std::process::Command;
 
 use tempfile::TempDir;
 use tests::host::{self, eventually};
+use tests::python::has_python;
 use tests::{Guest, Machines};
-
-/// Whether the host has what these tests' programs are written in; its root is the guests'.
-fn has_python(test: &str) -> bool {
-    let found = Command::new("python3")
-        .args(["-c", "import sqlite3"])
-        .output();
-    let has = found.is_ok_and(|output| output.status.success());
-    if !has {
-        host::skipped(test, "there is no Python with SQLite");
-    }
-    has
-}
 
 /// A guest that has the host's programs, and `dir` at `/project`.
 fn with_python(dir: &TempDir, options: &str) -> Guest {

@@ -7,8 +7,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use rustix::process::getuid;
+use tests::host::run_in;
 use tests::process::Input;
-use tests::python::{converse, has_python, on_host, python};
+use tests::python::{converse, has_python, python};
 use tests::{Guest, User};
 
 /// Nobody else's number on the host.
@@ -102,7 +103,7 @@ fn a_folder_of_a_user_without_privileges_has_it_too_but_what_is_taken_away() {
         .input(Input::Open)
         .start(&words);
     converse(running, |what| match what {
-        "take dir away" => on_host(dir.path(), "chown -R 0:0 dir; chmod 700 dir dir/file"),
+        "take dir away" => run_in(dir.path(), "chown -R 0:0 dir; chmod 700 dir dir/file"),
         "give dir back" => user.give(&dir.path().join("dir")),
         _ => panic!("{what:?}?"),
     });

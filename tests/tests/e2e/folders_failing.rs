@@ -6,9 +6,10 @@ use std::path::Path;
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use tempfile::TempDir;
+use tests::Guest;
+use tests::host::{self, run_in};
 use tests::process::Input;
-use tests::python::{converse, has_python, on_host, python};
-use tests::{Guest, host};
+use tests::python::{converse, has_python, python};
 
 const FAILING: &str = include_str!("programs/failing.py");
 
@@ -67,12 +68,12 @@ fn what_the_host_takes_away_gives_the_errors_of_a_disk() {
     let mut left = Vec::new();
     converse(running, |what| match what {
         "replace file by a directory" => {
-            on_host(
+            run_in(
                 swapped.path(),
                 "rm file; mkdir file; echo inner > file/inner",
             );
         }
-        "replace dir by a file" => on_host(swapped.path(), "rm -r dir; echo file > dir"),
+        "replace dir by a file" => run_in(swapped.path(), "rm -r dir; echo file > dir"),
         "unmount" => {
             let busy = unmount(unmounted.path(), UnmountFlags::empty());
             assert_eq!(busy, Err(Errno::BUSY), "a folder that a machine has");

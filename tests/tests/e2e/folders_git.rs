@@ -5,9 +5,8 @@ use std::path::Path;
 use std::process::Command;
 
 use rustix::process::Signal;
-use tests::host::{self, eventually};
+use tests::host::{self, eventually, run_in};
 use tests::process::Running;
-use tests::python::on_host;
 use tests::{Guest, Machine, Machines};
 
 /// Each branch has this many directories of this many files. Half of a branch's directories are the other's too, and
@@ -42,7 +41,7 @@ fn make(dir: &Path) {
         2 * DIRECTORIES,
         2 * DIRECTORIES,
     );
-    on_host(dir, &script);
+    run_in(dir, &script);
 }
 
 /// The directories that both branches have.
@@ -122,10 +121,10 @@ fn hear_out(watching: Running, dir: &Path) -> String {
     eventually("the watcher hears of a new file", || {
         made += 1;
         let end = format!("d{}/end-{made}", DIRECTORIES - 1);
-        on_host(dir, &format!("echo >{end}"));
+        run_in(dir, &format!("echo >{end}"));
         watching.said_so_far().contains("/end-").then_some(())
     });
-    on_host(dir, &format!("rm d{}/end-*", DIRECTORIES - 1));
+    run_in(dir, &format!("rm d{}/end-*", DIRECTORIES - 1));
     watching.signal(Signal::TERM);
     watching.wait().text()
 }
@@ -163,7 +162,7 @@ fn a_checkout_on_the_host_loses_nothing_for_who_reads_and_watches_in_the_guest()
         AT,
     ]);
     reading.expect_stdout("reads\n");
-    let checkout = |branch: &str| on_host(dir.path(), &format!("{GIT} git checkout -q {branch}"));
+    let checkout = |branch: &str| run_in(dir.path(), &format!("{GIT} git checkout -q {branch}"));
     ["other", "main", "other"].into_iter().for_each(checkout);
     drop(reading);
     expect_same(&machine, dir.path(), "after three checkouts on the host");
@@ -212,7 +211,7 @@ fn git_works_in(machine: &Machine<'_>, dir: &Path) {
         "the status after a checkout in the guest"
     );
     expect_same(machine, dir, "after a checkout in the guest");
-    on_host(
+    run_in(
         dir,
         &format!("{GIT} test -z \"$({status})\"; test $(git branch --show-current) = few"),
     );
@@ -224,7 +223,7 @@ fn git_works_in(machine: &Machine<'_>, dir: &Path) {
         "4",
         "commits after gc"
     );
-    on_host(
+    run_in(
         dir,
         &format!(
             "{GIT} git fsck --strict --no-progress; echo changed >d40/f1; rm d41/f2; echo new >d42/new"

@@ -9,8 +9,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use tests::host::must_succeed;
-use tests::python::{has_python, on_host, python};
+use tests::host::{must_succeed, run_in};
+use tests::python::{has_python, python};
 use tests::{Guest, Machines};
 
 const MANY: &str = include_str!("programs/many.py");
@@ -99,5 +99,5 @@ fn pack(at: &Path, directories: usize) {
             fs::write(dir.join(file.to_string()), format!("{number} {file}\n")).unwrap();
         }
     }
-    on_host(at, "tar cf tree.tar tree");
+    run_in(at, "tar cf tree.tar tree");
 }

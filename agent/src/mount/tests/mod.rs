@@ -18,6 +18,7 @@ use std::thread;
 
 use agent::protocol::{
     self, ATTRIBUTES, FromMount, LIST, Mount, MountPoint, MountStream, Mounted, NEW, Open, ToMount,
+    for_agent,
 };
 use rustix::mount::UnmountFlags;
 use share::{Advice, Channel, HostEvent, Options, Share};
@@ -69,24 +70,16 @@ impl Channel for Queue {
     }
 
     fn send_with_advice(&self, parts: &[IoSlice<'_>], advice: &[Advice]) -> io::Result<()> {
-        let mut messages = Vec::new();
-        for advice in advice {
-            let (kind, numbers, rest) = match advice {
-                Advice::List { dir, entries } => (LIST, vec![*dir, (*entries).into()], &[][..]),
-                Advice::New { node } => (NEW, vec![*node], &[][..]),
-                Advice::Attributes {
-                    node,
-                    number,
-                    attributes,
-                } => (ATTRIBUTES, vec![*node, *number], &attributes[..]),
-            };
-            let length = u32::try_from(16 + 8 * numbers.len() + rest.len()).unwrap();
-            messages.extend(length.to_le_bytes());
-            messages.extend(kind.to_le_bytes());
-            messages.extend([0; 8]);
-            messages.extend(numbers.iter().flat_map(|number| number.to_le_bytes()));
-            messages.extend(rest);
-        }
+        let told = |advice: &Advice| match advice {
+            Advice::List { dir, entries } => for_agent(LIST, &[*dir, (*entries).into()], &[]),
+            Advice::New { node } => for_agent(NEW, &[*node], &[]),
+            Advice::Attributes {
+                node,
+                number,
+                attributes,
+            } => for_agent(ATTRIBUTES, &[*node, *number], attributes),
+        };
+        let messages: Vec<u8> = advice.iter().flat_map(told).collect();
         let mut both = vec![IoSlice::new(&messages)];
         both.extend(parts);
         self.send(&both)
