@@ -7,6 +7,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 /// Bytes of console output that are kept.
 const KEPT: usize = 16 << 10;
 
+/// What is in the first line that x86's kernel prints of a fault of its own: `BUG()` and `WARN()`, page
+/// faults, and the number that each `die()` has (`arch/x86/kernel/dumpstack.c`).
+const FAULT: [&str; 3] = ["------------[ cut here ]", "BUG: ", " [#1]"];
+
 /// The last part of what a guest printed, shared between the serial port and the main thread.
 #[derive(Debug, Clone, Default)]
 pub struct Tail(Arc<Mutex<VecDeque<u8>>>);
@@ -26,14 +30,21 @@ impl Tail {
     }
 
     /// What the guest's kernel said when it panicked, where it did: the reason, and up to `count` lines
-    /// from there on.
+    /// from the fault that led to it on, or from the panic where nothing else was printed.
     pub fn panic(&self, count: usize) -> Option<(String, Vec<String>)> {
         let lines = self.last_lines(usize::MAX);
         let (at, reason) = lines.iter().enumerate().find_map(|(at, line)| {
             let (_, reason) = line.split_once("Kernel panic - not syncing: ")?;
             Some((at, reason.to_owned()))
         })?;
-        let shown = lines.into_iter().skip(at).take(count).collect();
+        let from = lines[..at]
+            .iter()
+            .position(|line| FAULT.iter().any(|mark| line.contains(mark)));
+        let shown = lines
+            .into_iter()
+            .skip(from.unwrap_or(at))
+            .take(count)
+            .collect();
         Some((reason, shown))
     }
 
@@ -102,6 +113,24 @@ mod tests {
             .unwrap();
         let (reason, lines) = tail.panic(9).unwrap();
         assert_eq!((reason.as_str(), lines.len()), ("out of luck", 2));
+    }
+
+    #[test]
+    fn a_panic_is_shown_with_the_fault_that_led_to_it() {
+        let tail = Tail::default();
+        let mut console = Console::new(tail.clone(), None);
+        console
+            .write_all(
+                b"[    1.0] fine\n[    2.0] int3: 0000 [#1] SMP NOPTI\n[    2.0] RIP: 0010:here\n\
+                  [    2.0] Kernel panic - not syncing: Attempted to kill the idle task!\n",
+            )
+            .unwrap();
+        let (reason, lines) = tail.panic(9).unwrap();
+        assert_eq!(reason, "Attempted to kill the idle task!");
+        assert_eq!(
+            (lines.len(), &*lines[0]),
+            (3, "[    2.0] int3: 0000 [#1] SMP NOPTI")
+        );
     }
 
     #[test]

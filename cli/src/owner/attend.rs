@@ -34,6 +34,9 @@ const TIMED_OUT: i32 = 124;
 /// Console lines shown when a machine fails.
 const LINES_SHOWN: usize = 20;
 
+/// Console lines shown of a kernel's panic: the fault, its registers and its calls.
+const PANIC_LINES_SHOWN: usize = 60;
+
 /// The loop that waits for what a machine does, and decides.
 pub struct Attendant {
     machine: Arc<Owned>,
@@ -417,7 +420,7 @@ impl Attendant {
     fn ended_early(&self, ended: Ended) -> anyhow::Error {
         match ended {
             Ended::PowerOff => self.failure("the guest powered off before the command ended"),
-            Ended::Reset => match self.tail.panic(LINES_SHOWN) {
+            Ended::Reset => match self.tail.panic(PANIC_LINES_SHOWN) {
                 Some((reason, lines)) => {
                     self.with_console(&format!("the guest's kernel panicked: {reason}"), &lines)
                 }
