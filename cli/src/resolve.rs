@@ -90,9 +90,8 @@ pub fn machine(args: &RunArgs, kernel: &Kernel, root: &Root) -> Result<MachineCo
             cmdline::DEFAULT,
             cmdline::SERIAL_CONSOLE,
             loglevel,
-            // An emulator does not speculate.
             if accel::is_outer() {
-                "mitigations=off"
+                accel::ON_EMULATED_CPU
             } else {
                 ""
             },

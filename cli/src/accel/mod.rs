@@ -39,6 +39,15 @@ pub enum Choice {
     },
 }
 
+/// What a kernel on an emulated CPU is told, the outer one and those of machines.
+///
+/// An emulator does not speculate. And the kernel does without CMPXCHG16B (X86_FEATURE_CX16 is 4*32+13): after it QEMU's
+/// flags are those of an older operation, in which any bit may be set (seen in 7.2, whose translator has no
+/// `gen_update_cc_op` before that helper). An interrupt that comes before the next operation saves them, and its end
+/// restores a pointer's bits as DF, NT and AC: the memory that is cleared next is what lies below. Linux's allocator
+/// uses the instruction all the time. What programs see of it stays as it is.
+pub const ON_EMULATED_CPU: &str = "mitigations=off clearcpuid=141";
+
 /// Whether this mvm runs in the outer Linux.
 pub fn is_outer() -> bool {
     std::env::var_os(OUTER_VARIABLE).is_some()

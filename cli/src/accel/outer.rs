@@ -8,6 +8,7 @@ use anyhow::{Context, Result};
 use kernels::cache::Cache;
 use kernels::select::Role;
 
+use super::ON_EMULATED_CPU;
 use super::qemu::{self, CACHE_TAG, HOST_TAG};
 use crate::{dirs, guest, kernel};
 
@@ -28,9 +29,8 @@ const REQUIRED: &[&str] = &[
 /// More of them, as far as the kernel has them: KVM for the emulated CPU, and what machines use.
 const OPTIONAL: &[&str] = &["kvm_amd", "ccp", "tun", "bridge", "veth"];
 
-/// Messages of the kernel only when it fails; no mitigation of speculation that an emulator does not do.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 mitigations=off kvm_amd.nested=0 tsc=reliable no_timer_check \
-                       i8042.noaux i8042.nomux";
+/// Messages of the kernel only when it fails.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 kvm_amd.nested=0 tsc=reliable no_timer_check i8042.noaux i8042.nomux";
 
 /// The share of the host's memory that the outer Linux may use: most of it, as it takes what it
 /// touches and no more.
@@ -109,9 +109,10 @@ pub fn compose() -> Result<Outer> {
 /// The kernel's command line. The emulated TSC is the host's: a kernel that measures it while the host is busy can be
 /// off by a factor, and so can all clocks of the machines in it.
 fn cmdline() -> String {
+    let cmdline = format!("{CMDLINE} {ON_EMULATED_CPU}");
     match vmm::tsc_khz() {
-        Some(khz) => format!("{CMDLINE} tsc_early_khz={khz}"),
-        None => CMDLINE.to_owned(),
+        Some(khz) => format!("{cmdline} tsc_early_khz={khz}"),
+        None => cmdline,
     }
 }
 

@@ -5,6 +5,8 @@
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
+/// Leaf 1 ECX: there is CMPXCHG16B.
+const CX16: u32 = 1 << 13;
 /// Leaf 1 ECX: the local APIC timer takes a TSC deadline.
 const TSC_DEADLINE: u32 = 1 << 24;
 /// Leaf 1 ECX: this is a virtual machine.
@@ -36,6 +38,9 @@ pub struct Topology {
     pub cpus: u8,
     /// Whether KVM's local APIC has a TSC deadline timer.
     pub tsc_deadline: bool,
+    /// Whether the host's programs may use CMPXCHG16B. KVM has no part in that instruction: a guest's programs may
+    /// where the host's may, also where KVM does not say so because the host's kernel does without.
+    pub cmpxchg16b: bool,
     /// The guest's TSC frequency in kHz.
     pub tsc_khz: Option<u32>,
 }
@@ -111,6 +116,7 @@ fn shape_leaf(leaf: &mut kvm_cpuid_entry2, topology: Topology, is_amd: bool) {
             leaf.ebx = leaf.ebx & 0xff00_ffff | cpus << 16;
             leaf.ecx |= HYPERVISOR;
             set(&mut leaf.ecx, TSC_DEADLINE, topology.tsc_deadline);
+            set(&mut leaf.ecx, CX16, topology.cmpxchg16b);
             set(&mut leaf.edx, HTT, cpus > 1);
         }
         0x4 | 0x8000_001d if leaf.eax & 0x1f != 0 => {
@@ -257,6 +263,7 @@ mod tests {
         let topology = Topology {
             cpus,
             tsc_deadline: true,
+            cmpxchg16b: true,
             tsc_khz: Some(2_000_000),
         };
         shape(&host(name, 0x1f), topology)
@@ -337,6 +344,7 @@ mod tests {
         let topology = Topology {
             cpus: 2,
             tsc_deadline: false,
+            cmpxchg16b: false,
             tsc_khz: None,
         };
         let leaves = shape(&host(b"AuthenticAMD", 0xa), topology);

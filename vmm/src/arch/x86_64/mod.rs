@@ -107,6 +107,7 @@ impl Processor {
         let topology = cpuid::Topology {
             cpus,
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
+            cmpxchg16b: is_x86_feature_detected!("cmpxchg16b"),
             tsc_khz: first.and_then(|vcpu| vcpu.get_tsc_khz().ok()),
         };
         Ok(Self {
