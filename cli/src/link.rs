@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use agent::protocol::{self, AGENT_PORT, HELLO_PORT, Hello, Open};
 use devices::virtio::vsock::VsockHandle;
+use vmm::GuestMemory;
 
 use crate::accel::join::Joiner;
 use crate::control::client::Client;
@@ -30,8 +31,8 @@ const GREETING: Duration = Duration::from_secs(30);
 /// A way to the vsock ports of one guest.
 #[derive(Debug, Clone)]
 pub enum Link {
-    /// The machine's vsock device is in this process.
-    Machine(VsockHandle),
+    /// The machine's vsock device is in this process, and maybe its memory.
+    Machine(VsockHandle, Option<GuestMemory>),
     /// Another process owns the machine and offers its ports at this Unix socket.
     Socket(PathBuf),
     /// The machine belongs to another process on this host, which is asked at its control socket.
@@ -44,7 +45,7 @@ impl Link {
     /// Opens a stream to `port` of the guest.
     pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
         match self {
-            Self::Machine(vsock) => vsock.connect(port),
+            Self::Machine(vsock, _) => vsock.connect(port),
             Self::Socket(path) => connect_line(UnixStream::connect(path)?, port),
             Self::Owned(store, name) => Client::connect(store, name)
                 .and_then(|client| client.into_guest(port))
@@ -53,11 +54,19 @@ impl Link {
         }
     }
 
+    /// The guest's memory, where that is in this process.
+    pub fn memory(&self) -> Option<&GuestMemory> {
+        match self {
+            Self::Machine(_, memory) => memory.as_ref(),
+            Self::Socket(_) | Self::Owned(..) | Self::Relayed(_) => None,
+        }
+    }
+
     /// Makes `stream` and a new connection to `port` of the guest one, whose first bytes are
     /// `prelude`. Does not wait for the guest; a connection that fails resets `stream`.
     pub fn join(&self, port: u32, prelude: Vec<u8>, stream: OwnedFd) -> io::Result<()> {
         match self {
-            Self::Machine(vsock) => vsock.join(port, prelude, stream),
+            Self::Machine(vsock, _) => vsock.join(port, prelude, stream),
             Self::Relayed(relayed) => relayed.join(port, &prelude, stream),
             // Its owner joins only what it is handed on its own connection.
             Self::Socket(_) | Self::Owned(..) => Err(io::ErrorKind::Unsupported.into()),
@@ -77,7 +86,7 @@ impl AgentLink {
     /// The agent of the guest behind `link`.
     pub fn new(link: Link) -> Self {
         let spares = match &link {
-            Link::Machine(vsock) => Some(Spares::new(vsock.clone(), AGENT_PORT)),
+            Link::Machine(vsock, _) => Some(Spares::new(vsock.clone(), AGENT_PORT)),
             _ => None,
         };
         Self { link, spares }

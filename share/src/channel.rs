@@ -1,6 +1,9 @@
 //! The way between a guest's kernel and the server.
 
 use std::io::{self, IoSlice};
+use std::os::fd::BorrowedFd;
+
+use rustix::io::Errno;
 
 use crate::wire::AttrOut;
 
@@ -50,6 +53,19 @@ pub trait Channel: Send + Sync {
     /// Where it cannot be sent. A reply to a request that was interrupted, and a notification of
     /// what the guest does not know, may be refused without the connection being broken.
     fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()>;
+
+    /// Reads up to `length` bytes of `file` from `offset` on, as pread(2) does, to the very place where the reply to the
+    /// request `unique` is to have its data; None where there is no such place. That reply is sent next, as a header that
+    /// announces the data, or an error, and without the data.
+    fn read_to_place(
+        &self,
+        _unique: u64,
+        _file: BorrowedFd<'_>,
+        _offset: u64,
+        _length: usize,
+    ) -> Option<Result<usize, Errno>> {
+        None
+    }
 
     /// Whether there is somebody for advice.
     fn takes_advice(&self) -> bool {

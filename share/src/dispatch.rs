@@ -24,7 +24,6 @@ pub enum Answer {
 
 /// Does what `message` asks for; what is to be said to it is put into `reply`, header and all.
 pub fn dispatch<'a>(share: &Share, message: &[u8], reply: &'a mut Reply) -> (Answer, &'a [u8]) {
-    reply.clear();
     let (header, args) = match Args::parse(message) {
         Ok(parsed) => parsed,
         Err(_) => {
@@ -32,6 +31,7 @@ pub fn dispatch<'a>(share: &Share, message: &[u8], reply: &'a mut Reply) -> (Ans
             return (Answer::Silence, &[]);
         }
     };
+    reply.begin(header.unique);
     let outcome = match Opcode::from_number(header.opcode) {
         None => Err(Errno::NOSYS),
         Some(Opcode::Forget | Opcode::BatchForget) => {
@@ -55,15 +55,15 @@ pub fn dispatch<'a>(share: &Share, message: &[u8], reply: &'a mut Reply) -> (Ans
     if let Err(errno) = outcome {
         tracing::trace!(opcode = header.opcode, node = header.nodeid, %errno, "refused");
     }
-    (Answer::Reply, reply.finish(header.unique, outcome))
+    (Answer::Reply, reply.finish(outcome))
 }
 
 /// Does once more what a request asks for that was to be done [`Answer::Later`].
 pub fn again<'a>(share: &Share, message: &[u8], reply: &'a mut Reply) -> (Answer, &'a [u8]) {
-    reply.clear();
     let Ok((header, mut args)) = Args::parse(message) else {
         return (Answer::Silence, &[]);
     };
+    reply.begin(header.unique);
     let outcome = match share.locks.is_interrupted(header.unique) {
         true => Err(Errno::INTR),
         false => args
@@ -74,14 +74,15 @@ pub fn again<'a>(share: &Share, message: &[u8], reply: &'a mut Reply) -> (Answer
         return (Answer::Later, &[]);
     }
     share.locks.end_wait(header.unique);
-    (Answer::Reply, reply.finish(header.unique, outcome))
+    (Answer::Reply, reply.finish(outcome))
 }
 
 /// What was to be done [`Answer::Later`] is not done any more: `ENOLCK` is put into `reply`.
 pub fn give_up<'a>(share: &Share, message: &[u8], reply: &'a mut Reply) -> &'a [u8] {
     let unique = Args::parse(message).map_or(0, |(header, _)| header.unique);
     share.locks.end_wait(unique);
-    reply.finish(unique, Err(Errno::NOLCK))
+    reply.begin(unique);
+    reply.finish(Err(Errno::NOLCK))
 }
 
 /// Takes a lock; `EAGAIN` where that has to be tried again.

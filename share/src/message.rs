@@ -3,10 +3,12 @@
 
 use std::ffi::CStr;
 use std::io::IoSlice;
+use std::os::fd::BorrowedFd;
 
 use rustix::io::Errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::channel::Channel;
 use crate::wire::{InHeader, NotifyCode, OUT_HEADER_LEN, OutHeader};
 
 /// The longest name of a file, bytes, without the NUL.
@@ -87,24 +89,62 @@ pub fn check_name(name: &CStr) -> Result<(), Errno> {
 }
 
 /// A reply in the making.
-#[derive(Debug)]
-pub struct Reply {
+pub struct Reply<'c> {
     bytes: Box<[u8]>,
     len: usize,
+    /// What a channel has put at its place already, bytes.
+    placed: usize,
+    /// The request's number.
+    unique: u64,
+    channel: Option<&'c dyn Channel>,
 }
 
-impl Reply {
+impl<'c> Reply<'c> {
     /// A reply with room for `capacity` bytes after its header.
     pub fn with_capacity(capacity: usize) -> Self {
         Self {
             bytes: vec![0; OUT_HEADER_LEN + capacity].into_boxed_slice(),
             len: OUT_HEADER_LEN,
+            placed: 0,
+            unique: 0,
+            channel: None,
         }
     }
 
-    /// Forgets what was put in.
-    pub fn clear(&mut self) {
+    /// The same, for `channel`, which may have a better place for a file's data.
+    pub fn on(channel: &'c dyn Channel, capacity: usize) -> Self {
+        Self {
+            channel: Some(channel),
+            ..Self::with_capacity(capacity)
+        }
+    }
+
+    /// Forgets what was put in: a reply to the request `unique` begins.
+    pub fn begin(&mut self, unique: u64) {
+        self.unique = unique;
+        self.clear();
+    }
+
+    fn clear(&mut self) {
         self.len = OUT_HEADER_LEN;
+        self.placed = 0;
+    }
+
+    /// Adds up to `length` bytes of `file` from `offset` on, and nothing else after them.
+    ///
+    /// # Errors
+    /// Those of pread(2).
+    pub fn read(&mut self, file: BorrowedFd<'_>, offset: u64, length: usize) -> Result<(), Errno> {
+        let channel = self.channel.filter(|_| self.is_empty());
+        if let Some(channel) = channel
+            && let Some(read) = channel.read_to_place(self.unique, file, offset, length)
+        {
+            self.placed = read?;
+            return Ok(());
+        }
+        let read = rustix::io::pread(file, self.room(length), offset)?;
+        self.grow(read);
+        Ok(())
     }
 
     /// How many bytes were put in after the header.
@@ -156,15 +196,17 @@ impl Reply {
     }
 
     /// The whole message: that of success with what was put in, or an error alone.
-    pub fn finish(&mut self, unique: u64, outcome: Result<(), Errno>) -> &[u8] {
+    ///
+    /// What the channel has put at its place is announced, and not in it.
+    pub fn finish(&mut self, outcome: Result<(), Errno>) -> &[u8] {
         if outcome.is_err() {
             self.clear();
         }
         let header = OutHeader {
             // The buffer is a few MiB at most.
-            len: u32::try_from(self.len).unwrap_or(u32::MAX),
+            len: u32::try_from(self.len + self.placed).unwrap_or(u32::MAX),
             error: outcome.err().map_or(0, |errno| -errno.raw_os_error()),
-            unique,
+            unique: self.unique,
         };
         let message = self.bytes.get_mut(..self.len).unwrap_or_default();
         if let Some(start) = message.get_mut(..OUT_HEADER_LEN) {
@@ -259,11 +301,12 @@ mod tests {
     #[test]
     fn a_reply_takes_no_more_than_it_has_room_for() {
         let mut reply = Reply::with_capacity(4);
+        reply.begin(7);
         assert_eq!(reply.put(b"12345"), Err(Errno::NOBUFS));
         reply.put(b"123").unwrap();
         assert_eq!(reply.room(100).len(), 1);
-        assert_eq!(reply.finish(7, Ok(())).len(), OUT_HEADER_LEN + 3);
-        let failed = reply.finish(7, Err(Errno::NOENT));
+        assert_eq!(reply.finish(Ok(())).len(), OUT_HEADER_LEN + 3);
+        let failed = reply.finish(Err(Errno::NOENT));
         let header = OutHeader::read_from_bytes(failed).unwrap();
         assert_eq!((header.len, header.error, header.unique), (16, -2, 7));
     }

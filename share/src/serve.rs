@@ -48,7 +48,7 @@ fn attend(
     mut later: impl FnMut(&[u8]) -> io::Result<()>,
 ) -> io::Result<()> {
     let mut request = vec![0; MAX_TRANSFER + OVERHEAD];
-    let mut reply = Reply::with_capacity(MAX_TRANSFER);
+    let mut reply = Reply::on(channel, MAX_TRANSFER);
     loop {
         let length = channel.receive(&mut request)?;
         if length == 0 {

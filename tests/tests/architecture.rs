@@ -41,6 +41,10 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "agent/src/mount/handle.rs",
         "system calls that no crate here has",
     ),
+    (
+        "agent/src/mount/window.rs",
+        "memory that is pinned and lent to the host",
+    ),
     ("agent/src/power.rs", "signals to every process"),
     ("agent/src/priority.rs", "the scheduling of a thread"),
     ("agent/src/reap.rs", "fork"),
@@ -140,6 +144,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "vmm/src/probe/kvm.rs",
         "the probe machine's memory and descriptor",
     ),
+    ("vmm/src/reach.rs", "files read into guest memory"),
     (
         "vmm/src/vcpu.rs",
         "the flag in the page that a vCPU's thread shares with KVM",

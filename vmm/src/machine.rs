@@ -21,6 +21,7 @@ use crate::control::{Control, Outcome};
 use crate::exit::Buses;
 use crate::launch::{LaunchError, Timings};
 use crate::memory;
+use crate::reach::GuestMemory;
 use crate::stats::{MemoryStats, Meters, Stats, VcpuStats, VsockStats};
 use crate::vcpu;
 use crate::vm::Vm;
@@ -127,6 +128,11 @@ impl Machine {
     /// Lets the vCPUs run (on).
     pub fn resume(&self) {
         self.control.resume();
+    }
+
+    /// The guest's memory.
+    pub fn memory(&self) -> GuestMemory {
+        self.vm.memory().clone().into()
     }
 
     /// Opens connections into the guest and takes those it opens; None without a vsock device.

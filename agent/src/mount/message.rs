@@ -20,6 +20,11 @@ pub fn node(request: &[u8]) -> Option<u64> {
     number(request, 16)
 }
 
+/// The number that a reply has of its request: `fuse_in_header.unique`, `fuse_out_header.unique`.
+pub fn unique(message: &[u8]) -> Option<u64> {
+    number(message, 8)
+}
+
 /// The reply to a request, with `fuse_out_header.error` as given; what is behind the header is zero.
 pub fn reply<const LENGTH: usize>(request: &[u8], error: i32) -> Option<[u8; LENGTH]> {
     const { assert!(LENGTH >= OUT_HEADER) };

@@ -23,12 +23,14 @@ mod point;
 mod pump;
 mod redo;
 mod replay;
+mod requests;
 #[cfg(test)]
 mod tests;
 mod tune;
 mod usage;
 mod view;
 mod watchers;
+mod window;
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -54,6 +56,7 @@ use self::overlay::Overlay;
 use self::point::Point;
 use self::replay::Replayer;
 use self::view::Lookout;
+use self::window::Lending;
 use crate::connection::Connection;
 use crate::rendezvous::PATIENCE;
 use crate::root::Missing;
@@ -98,6 +101,8 @@ struct Carrying {
     ending: Arc<Ending>,
     streams: Vec<Arc<Connection>>,
     replies: Arc<Replies>,
+    /// Whether the host reaches the guest's memory.
+    reaches_memory: bool,
     outboxes: Vec<Arc<Outbox>>,
     /// Something is in an outbox.
     held_back: Arc<Alarm>,
@@ -312,6 +317,7 @@ impl Carrying {
             streams: streams.values().cloned().collect(),
             device,
             replies: Arc::new(Replies::new(request.queues)),
+            reaches_memory: request.reaches_memory,
             outboxes: Vec::new(),
             held_back: Arc::default(),
             overlay: Arc::new(match is_below_overlay {
@@ -382,12 +388,13 @@ impl Carrying {
                 attributes,
             } => known.attributes.add(node, number, attributes),
         };
-        let (from, to) = (Arc::clone(&stream), Arc::clone(&own));
-        let replies = pump::start_replies(from, to, counted, advised, ending())?;
+        let lending = Arc::new(Lending::new(self.reaches_memory));
+        let (from, to, lent) = (Arc::clone(&stream), Arc::clone(&own), Arc::clone(&lending));
+        let replies = pump::start_replies(from, to, lent, counted, advised, ending())?;
         self.pumps.push(replies);
         let outbox = Arc::new(Outbox::new(stream, Arc::clone(&self.held_back)));
         let known = Arc::clone(&self.known);
-        let requests = pump::start_requests(own, Arc::clone(&outbox), known, ending())?;
+        let requests = pump::start_requests(own, Arc::clone(&outbox), known, lending, ending())?;
         self.pumps.push(requests);
         self.outboxes.push(outbox);
         Ok(())

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use super::message::{self, OUT_HEADER};
-use agent::protocol::{AFTER_REPLIES, ATTRIBUTES, LIST, NEW};
+use agent::protocol::{AFTER_REPLIES, ATTRIBUTES, LIST, NEW, PLACED};
 
 /// How many replies the kernel has been given.
 #[derive(Debug)]
@@ -120,10 +120,17 @@ pub fn advice(message: &[u8]) -> Option<Advice<'_>> {
     Some(Advice::New { node })
 }
 
+/// To which request a reply lies in its slot, and the reply's length, where `message` says so.
+pub fn placed(message: &[u8]) -> Option<(u64, usize)> {
+    let mut numbers = numbers(message, PLACED)?;
+    let (unique, length) = (numbers.next()?, numbers.next()?);
+    Some((unique, usize::try_from(length).ok()?))
+}
+
 /// The numbers of a message for the agent of this kind.
 fn numbers(message: &[u8], kind: i32) -> Option<impl Iterator<Item = u64> + Clone> {
     let (header, rest) = message.split_at_checked(OUT_HEADER)?;
-    if message::kind(header)? != kind || message::number(header, 8)? != 0 {
+    if message::kind(header)? != kind || message::unique(header)? != 0 {
         return None;
     }
     let (numbers, _) = rest.as_chunks::<8>();

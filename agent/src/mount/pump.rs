@@ -1,7 +1,7 @@
 //! Carrying FUSE messages between the kernel and the host, one thread a direction of each queue.
 //!
 //! A message is two system calls on its way: it is read whole and written whole, with nothing looked at but its header
-//! and what of it need not go to the host, and nothing allocated. Both threads of a queue block in the
+//! and what of it need not go to the host, and nothing allocated for one that is short. Both threads of a queue block in the
 //! kernel, where exactly one of those that wait for requests is woken for each.
 
 use std::io;
@@ -17,16 +17,18 @@ use super::ahead::Ahead;
 use super::alarm::Alarm;
 use super::ending::{Ending, Why};
 use super::known::Known;
-use super::message::OUT_HEADER;
+use super::message::{self, OUT_HEADER};
 use super::order::{self, Advice, Replies};
 use super::outbox::{self, Outbox};
 use super::overlay;
+use super::requests;
 use super::view::Lookout;
+use super::window::Lending;
 use crate::connection::Connection;
 use crate::socket_option;
 
 /// The longest message: 1 MiB of a file's data, headers, and two names; the server on the host asks for no more.
-const MAX_MESSAGE: usize = (1 << 20) + (8 << 10);
+pub const MAX_MESSAGE: usize = (1 << 20) + (8 << 10);
 
 /// Messages up to this length are read together, as many as are there.
 const BATCH: usize = 64 << 10;
@@ -48,10 +50,11 @@ pub fn start_requests(
     from: Arc<OwnedFd>,
     to: Arc<Outbox>,
     known: Arc<Known>,
+    lending: Arc<Lending>,
     ending: Arc<Ending>,
 ) -> io::Result<JoinHandle<()>> {
     start("fuse-requests", move || {
-        ending.announce(carry_requests(&from, &to, &known));
+        ending.announce(requests::carry(&from, &to, &known, &lending));
     })
 }
 
@@ -60,6 +63,7 @@ pub fn start_requests(
 pub fn start_replies(
     from: Arc<Connection>,
     to: Arc<OwnedFd>,
+    lending: Arc<Lending>,
     given: impl Fn() + Send + 'static,
     advised: impl Fn(Advice<'_>) + Send + 'static,
     ending: Arc<Ending>,
@@ -70,7 +74,7 @@ pub fn start_replies(
                 advised(advice);
                 return Ok(());
             }
-            match rustix::io::write(&*to, message) {
+            match give(&to, message, &lending) {
                 // The request was interrupted, and nobody waits for its reply any more.
                 Ok(_) | Err(Errno::NOENT) => {
                     given();
@@ -84,6 +88,19 @@ pub fn start_replies(
         let Err(why) = carry_to_kernel(&from, &mut tell);
         ending.announce(why);
     })
+}
+
+/// Gives the kernel a reply, which is `message` or lies in the slot that was lent for it.
+fn give(to: &OwnedFd, message: &[u8], lending: &Lending) -> rustix::io::Result<usize> {
+    if let Some((unique, length)) = order::placed(message) {
+        let slot = lending.window().and_then(|window| window.take_back(unique));
+        let reply = slot.as_ref().and_then(|slot| slot.bytes().get(..length));
+        return rustix::io::write(to, reply.ok_or(Errno::INVAL)?);
+    }
+    if let Some(unique) = message::unique(message) {
+        lending.answered(unique);
+    }
+    rustix::io::write(to, message)
 }
 
 /// Starts the thread that carries the host's notifications to the kernel, which may refuse them: they are of
@@ -154,38 +171,6 @@ pub fn start_forgetting(alarm: Arc<Alarm>) -> io::Result<JoinHandle<()>> {
 /// Starts the thread that lists directories of a folder ahead of who looks up their entries.
 pub fn start_ahead(ahead: Arc<Ahead>, lookout: Lookout) -> io::Result<JoinHandle<()>> {
     start("fuse-ahead", move || ahead.attend(lookout))
-}
-
-/// Returns why there are no more.
-fn carry_requests(from: &OwnedFd, to: &Outbox, known: &Known) -> Why {
-    let mut buffer = vec![0u8; MAX_MESSAGE];
-    loop {
-        let length = match rustix::io::read(from, &mut *buffer) {
-            Ok(length) => length,
-            // The request was interrupted before it was read.
-            Err(Errno::NOENT | Errno::INTR | Errno::AGAIN) => continue,
-            Err(Errno::NODEV | Errno::CONNABORTED) => return Why::Unmounted,
-            Err(errno) => return Why::Failed(format!("{errno} from the kernel's FUSE")),
-        };
-        let request = buffer.get(..length).unwrap_or_default();
-        // A reply is refused only where the mount has ended, which the next read says too.
-        let answer = |reply: &[u8]| {
-            let _ = rustix::io::write(from, reply);
-        };
-        if known.answer(request, answer) {
-            continue;
-        }
-        if let Some(reply) = outbox::reply_to(request) {
-            answer(&reply);
-        }
-        let sent = match outbox::can_wait(request) {
-            true => to.hold(request),
-            false => to.send(request),
-        };
-        if let Err(error) = sent {
-            return Why::Failed(format!("the host takes no requests any more: {error}"));
-        }
-    }
 }
 
 /// Reads messages and gives them to `tell` one by one; returns why there are no more.

@@ -20,6 +20,8 @@ pub struct Mount {
     /// How many [`MountStream::Requests`] the host opens, 1 to [`MAX_MOUNT_QUEUES`]. The folder is mounted when
     /// these and the one of notifications are there.
     pub queues: u32,
+    /// Whether the host has the guest's memory before it, so that a [`WINDOW`] may be opened on each queue.
+    pub reaches_memory: bool,
 }
 
 /// The most connections that carry one mount's requests.
@@ -69,6 +71,52 @@ pub const NEW: i32 = i32::MAX - 2;
 /// The same for the attributes of a directory that has just been changed: the number of its node, that of the message,
 /// and the reply to a `FUSE_GETATTR` for it. Among those of one folder, a message with a lower number may say less.
 pub const ATTRIBUTES: i32 = i32::MAX - 3;
+
+/// The same for the reply to a request with this `unique`, u64, which has this length, u64, and lies in the slot that
+/// came with the request ([`PLACE`]).
+pub const PLACED: i32 = i32::MAX - 4;
+
+/// The length of the kernel's `fuse_in_header`.
+const IN_HEADER: usize = 40;
+
+/// Memory of the agent's that stays at its place in the guest's memory, through which long requests and replies go
+/// instead of the stream: so many slots of so many pages of [`WINDOW_PAGE`] bytes, each for one message.
+///
+/// A slot belongs to the agent, which lends it for a request until that is answered. As the opcode of a message among
+/// requests, behind whose header stand the guest-physical addresses of all pages, u64, little endian: this is the
+/// queue's window. Sent at most once, and only where the host [can reach it](Mount::reaches_memory).
+pub const WINDOW: u32 = u32::MAX;
+/// Slots of a window.
+pub const WINDOW_SLOTS: usize = 2;
+/// Pages of a slot: 1 MiB of a file's data, headers, and two names.
+pub const SLOT_PAGES: usize = 258;
+/// The size of a page, bytes.
+pub const WINDOW_PAGE: usize = 4096;
+
+/// The opcode of a message among requests that says where the reply to another request, with the same `unique`, may be
+/// placed: behind its header is the number of a slot, u64. It comes before that request.
+pub const PLACE: u32 = u32::MAX - 1;
+
+/// The opcode of a message among requests that stands for another request, with the same `unique`, which lies in a slot:
+/// behind its header are the slot's number and the request's length, u64 both.
+pub const REQUEST_PLACED: u32 = u32::MAX - 2;
+
+/// A request, or a reply, shorter than so many bytes does not go through a window.
+pub const PLACED_FROM: usize = 16 << 10;
+
+/// A message for the host, among requests: with this opcode, `unique`, and these numbers behind `fuse_in_header`.
+pub fn for_host(opcode: u32, unique: u64, numbers: &[u64]) -> Vec<u8> {
+    let length = IN_HEADER + size_of_val(numbers);
+    let mut message = Vec::with_capacity(length);
+    message.extend(u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes());
+    message.extend(opcode.to_le_bytes());
+    message.extend(unique.to_le_bytes());
+    message.resize(IN_HEADER, 0);
+    for number in numbers {
+        message.extend(number.to_le_bytes());
+    }
+    message
+}
 
 /// A message for the agent, among replies or notifications: of this kind, with these numbers and then these bytes behind
 /// `fuse_out_header`.

@@ -223,7 +223,7 @@ fn while_used(inbox: &Receiver<Event>, vsock: &VsockHandle) -> End {
 }
 
 fn power_off(vsock: &VsockHandle, inbox: &Receiver<Event>) {
-    let asked = link::ask_to_power_off(&Link::Machine(vsock.clone()), POWER_OFF_GRACE);
+    let asked = link::ask_to_power_off(&Link::Machine(vsock.clone(), None), POWER_OFF_GRACE);
     let Ok(_stream) = asked else { return };
     let deadline = Instant::now() + POWER_OFF;
     while let Some(left) = deadline.checked_duration_since(Instant::now()) {

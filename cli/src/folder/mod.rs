@@ -11,6 +11,7 @@ pub mod spec;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod window;
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;

@@ -17,6 +17,7 @@ use share::{HostEvent, Share};
 use super::error::FolderError;
 use super::gather::{self, Gathered};
 use super::stream::{Notices, Queue};
+use super::window::Window;
 use crate::link::Link;
 use crate::session;
 
@@ -91,6 +92,7 @@ impl Served {
             mode,
             read_only: place.read_only,
             queues: place.queues,
+            reaches_memory: link.memory().is_some(),
         };
         let served = Self::connect(link, share, &request).map_err(FolderError::Lost)?;
         for queue in 0..served.shared.queues.len() {
@@ -122,7 +124,10 @@ impl Served {
             open(link, &Open::MountStream { mount, kind })
         };
         let queues = (0..request.queues)
-            .map(|queue| stream(MountStream::Requests { queue }).map(Queue::new))
+            .map(|queue| {
+                let stream = stream(MountStream::Requests { queue })?;
+                Ok(Queue::new(stream, link.memory().cloned().map(Window::new)))
+            })
             .collect::<io::Result<Arc<[Queue]>>>()?;
         let notices = Notices::new(stream(MountStream::Notifications)?, queues.clone());
         control.set_read_timeout(Some(PATIENCE))?;

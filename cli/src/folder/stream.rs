@@ -5,14 +5,20 @@
 
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
-use agent::protocol::{AFTER_REPLIES, ATTRIBUTES, LIST, NEW, for_agent};
+use agent::protocol::{
+    AFTER_REPLIES, ATTRIBUTES, LIST, NEW, PLACE, PLACED, REQUEST_PLACED, WINDOW, for_agent,
+};
+use rustix::io::Errno;
 use share::wire::Opcode;
 use share::{Advice, Channel};
+
+use super::window::Window;
 
 /// How much is read at a time, bytes: many small requests, or the beginning of a large one, whose rest is
 /// read to where it belongs.
@@ -20,6 +26,9 @@ const BUFFER: usize = 64 << 10;
 
 /// The length of `struct fuse_in_header`.
 const REQUEST_HEADER: usize = 40;
+
+/// Where `fuse_in_header.opcode` is.
+const OPCODE: usize = 4;
 
 /// As many bytes are read or written in no time.
 const LITTLE: usize = 64 << 10;
@@ -39,6 +48,8 @@ pub struct Queue {
     output: Mutex<()>,
     /// How many replies were written, all of them before this says so.
     replies: AtomicU64,
+    /// Where the guest's memory is in this process.
+    window: Option<Window>,
 }
 
 #[derive(Debug, Default)]
@@ -56,8 +67,8 @@ struct Input {
 }
 
 impl Queue {
-    /// The requests that come on `stream`.
-    pub fn new(stream: UnixStream) -> Self {
+    /// The requests that come on `stream`, and through `window`.
+    pub fn new(stream: UnixStream, window: Option<Window>) -> Self {
         Self {
             stream,
             turn: Mutex::default(),
@@ -69,6 +80,7 @@ impl Queue {
             }),
             output: Mutex::new(()),
             replies: AtomicU64::new(0),
+            window,
         }
     }
 
@@ -94,6 +106,54 @@ impl Queue {
         lock(&self.turn).holder = None;
         self.free.notify_one();
     }
+
+    /// Takes the next request, wherever it is, and first what the guest says of its window; zero at the end.
+    fn next_request(&self, input: &mut Input, message: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let length = input.take(&self.stream, message)?;
+            let (Some(window), Some(said)) = (&self.window, message.get(..length)) else {
+                return Ok(length);
+            };
+            let numbers = || said.get(REQUEST_HEADER..).unwrap_or_default().as_chunks().0;
+            let number = |at: usize| match numbers().get(at) {
+                Some(number) => Ok(u64::from_le_bytes(*number)),
+                None => Err(invalid("the guest leaves something out".to_owned())),
+            };
+            match word(said, OPCODE) {
+                Some(WINDOW) => {
+                    let pages = numbers().iter().map(|page| u64::from_le_bytes(*page));
+                    window.open(&pages.collect::<Vec<_>>())?;
+                }
+                Some(PLACE) => window.lend(unique(said).unwrap_or_default(), number(0)?)?,
+                Some(REQUEST_PLACED) => {
+                    let (slot, length) = (number(0)?, number(1)?);
+                    return window.fetch(slot, length, message);
+                }
+                _ => return Ok(length),
+            }
+        }
+    }
+
+    /// Puts a reply into the guest's memory, where it is long and there is a place for it; returns what the agent is told
+    /// instead of it then.
+    fn place(&self, reply: &[IoSlice<'_>]) -> io::Result<Option<Vec<u8>>> {
+        let (Some(window), Some(header)) = (&self.window, reply.first()) else {
+            return Ok(None);
+        };
+        let (Some(unique), Some(length)) = (unique(header), word(header, 0)) else {
+            return Ok(None);
+        };
+        let is_placed = window.place(unique, reply, length as usize)?;
+        Ok(is_placed.then(|| for_agent(PLACED, &[unique, length.into()], &[])))
+    }
+
+    /// Writes a reply and what is to come before it.
+    fn write(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        let _writing = lock(&self.output);
+        write_all(&self.stream, parts)?;
+        self.replies.fetch_add(1, Ordering::Release);
+        Ok(())
+    }
 }
 
 impl Channel for Queue {
@@ -103,7 +163,8 @@ impl Channel for Queue {
         }
         let (taken, is_last) = {
             let mut input = lock(&self.input);
-            (input.take(&self.stream, buffer), input.start == input.end)
+            let taken = self.next_request(&mut input, buffer);
+            (taken, input.start == input.end)
         };
         let message = buffer.get(..*taken.as_ref().unwrap_or(&0));
         if !(is_last && message.is_some_and(is_quick)) {
@@ -117,10 +178,17 @@ impl Channel for Queue {
     }
 
     fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
-        let _writing = lock(&self.output);
-        write_all(&self.stream, parts)?;
-        self.replies.fetch_add(1, Ordering::Release);
-        Ok(())
+        self.send_with_advice(parts, &[])
+    }
+
+    fn read_to_place(
+        &self,
+        unique: u64,
+        file: BorrowedFd<'_>,
+        offset: u64,
+        length: usize,
+    ) -> Option<Result<usize, Errno>> {
+        self.window.as_ref()?.read(unique, file, offset, length)
     }
 
     fn takes_advice(&self) -> bool {
@@ -128,13 +196,16 @@ impl Channel for Queue {
     }
 
     fn send_with_advice(&self, parts: &[IoSlice<'_>], advice: &[Advice]) -> io::Result<()> {
+        let placed = self.place(parts)?;
+        let instead = placed.as_deref().map(IoSlice::new);
+        let parts = instead.as_ref().map_or(parts, std::slice::from_ref);
         if advice.is_empty() {
-            return self.send(parts);
+            return self.write(parts);
         }
         let advice: Vec<_> = advice.iter().map(told).collect();
         let advice = advice.iter().map(|message| IoSlice::new(message));
         let both: Vec<_> = advice.chain(parts.iter().copied()).collect();
-        self.send(&both)
+        self.write(&both)
     }
 
     fn answers_releases(&self) -> bool {
@@ -195,16 +266,24 @@ impl Input {
     }
 }
 
+/// The number of a request, which its reply has at the same place.
+fn unique(message: &[u8]) -> Option<u64> {
+    let bytes = message.get(8..)?.first_chunk()?;
+    Some(u64::from_ne_bytes(*bytes))
+}
+
+/// The u32 at an offset.
+fn word(message: &[u8], at: usize) -> Option<u32> {
+    let bytes = message.get(at..)?.first_chunk()?;
+    Some(u32::from_ne_bytes(*bytes))
+}
+
 /// Whether a request is one that is done in no time, most often.
 fn is_quick(message: &[u8]) -> bool {
-    let number = |at: usize| {
-        let bytes = message.get(at..)?.first_chunk()?;
-        Some(u32::from_ne_bytes(*bytes))
-    };
-    match number(4).and_then(Opcode::from_number) {
+    match word(message, OPCODE).and_then(Opcode::from_number) {
         // `fuse_read_in.size`.
         Some(Opcode::Read | Opcode::Readdir | Opcode::Readdirplus) => {
-            number(REQUEST_HEADER + 16).is_some_and(|size| size as usize <= LITTLE)
+            word(message, REQUEST_HEADER + 16).is_some_and(|size| size as usize <= LITTLE)
         }
         Some(
             Opcode::Fsync

@@ -13,7 +13,7 @@ fn request(number: u8, length: usize) -> Vec<u8> {
 
 fn pair() -> (Queue, UnixStream) {
     let (near, far) = UnixStream::pair().unwrap();
-    (Queue::new(near), far)
+    (Queue::new(near, None), far)
 }
 
 fn received(queue: &Queue) -> io::Result<Vec<u8>> {

@@ -191,10 +191,7 @@ impl Share {
     pub(crate) fn read(&self, id: u64, asked: &ReadIn, reply: &mut Reply) -> Result<(), Errno> {
         let handle = self.handles.get(asked.fh, id)?;
         let size = usize::try_from(asked.size).unwrap_or(MAX_TRANSFER);
-        let room = reply.room(size.min(MAX_TRANSFER));
-        let length = rustix::io::pread(&*handle, room, asked.offset)?;
-        reply.grow(length);
-        Ok(())
+        reply.read(handle.as_fd(), asked.offset, size.min(MAX_TRANSFER))
     }
 
     /// Writes `data`; returns how much of it.

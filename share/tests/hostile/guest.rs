@@ -11,7 +11,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 /// A guest that says what it likes.
 pub struct Guest<'a> {
     share: &'a Share,
-    reply: Reply,
+    reply: Reply<'static>,
 }
 
 impl<'a> Guest<'a> {

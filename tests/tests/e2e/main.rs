@@ -18,6 +18,7 @@ mod folders_git;
 mod folders_many;
 mod folders_posix;
 mod folders_programs;
+mod folders_window;
 mod guest_failures;
 mod host_root;
 mod kernels;
