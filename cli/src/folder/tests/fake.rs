@@ -98,7 +98,7 @@ impl FakeGuest {
 impl Drop for FakeGuest {
     fn drop(&mut self) {
         for path in self.state.mounted.lock().unwrap().iter().rev() {
-            let _ = rustix::mount::unmount(path, UnmountFlags::DETACH);
+            take_away(path);
         }
     }
 }
@@ -173,11 +173,12 @@ impl State {
             let (near, far) = (device.try_clone().unwrap(), stream.try_clone().unwrap());
             thread::spawn(move || requests(near, far));
             let (near, far) = (stream.try_clone().unwrap(), device.try_clone().unwrap());
-            let replies = replies.clone();
+            let (replies, at) = (replies.clone(), at.clone());
             thread::spawn(move || {
                 messages(near, far, |_| {
                     replies[queue].fetch_add(1, Ordering::SeqCst);
-                })
+                });
+                take_away(&at);
             });
         }
         thread::spawn(move || {
@@ -200,7 +201,7 @@ impl State {
                 }
                 ToMount::Unmount { force } => {
                     let flags = match force {
-                        true => UnmountFlags::DETACH,
+                        true => UnmountFlags::FORCE | UnmountFlags::DETACH,
                         false => UnmountFlags::empty(),
                     };
                     let unmounted = rustix::mount::unmount(&at, flags);
@@ -211,7 +212,7 @@ impl State {
             };
             protocol::send(control, &answer).unwrap();
         }
-        let _ = rustix::mount::unmount(&at, UnmountFlags::DETACH);
+        take_away(&at);
         for stream in streams {
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }
@@ -242,6 +243,13 @@ impl State {
         self.mounted.lock().unwrap().push(at.to_owned());
         Ok(device)
     }
+}
+
+/// Unmounts it, and first has the kernel give up what is asked for there: nobody answers any more, and a thread that waits
+/// would keep its process, which has the other end, from ending.
+fn take_away(at: &Path) {
+    // It may be gone.
+    let _ = rustix::mount::unmount(at, UnmountFlags::FORCE | UnmountFlags::DETACH);
 }
 
 /// Passes requests on to the host.
