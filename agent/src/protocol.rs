@@ -20,13 +20,14 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 pub use self::copy::{FromUnpack, Landing, Pack, Report, Unpack};
 pub use self::mount::{
-    AFTER_REPLIES, ATTRIBUTES, ChangeKind, FromMount, HostChange, LIST, MAX_MOUNT_QUEUES, Mount,
+    AFTER_REPLIES, ATTRIBUTES, CALL_ANSWERED, CALL_ASKED, CALL_DONE, CALL_HEADER, CALL_PAGES,
+    CALLS, ChangeKind, FromMount, HostChange, HostMemory, LIST, MAX_MOUNT_QUEUES, Mount,
     MountPoint, MountStream, Mounted, NEW, NewDirectory, PLACE, PLACED, PLACED_FROM,
     REQUEST_PLACED, SLOT_PAGES, ToMount, WINDOW, WINDOW_PAGE, WINDOW_SLOTS, for_agent, for_host,
 };
 
 /// Changes with every change of a message.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 
 /// The vsock port on which the agent listens in the guest.
 pub const AGENT_PORT: u32 = 1024;

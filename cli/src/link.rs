@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use agent::protocol::{self, AGENT_PORT, HELLO_PORT, Hello, Open};
 use devices::virtio::vsock::VsockHandle;
-use vmm::GuestMemory;
+use vmm::Reach;
 
 use crate::accel::join::Joiner;
 use crate::control::client::Client;
@@ -31,8 +31,8 @@ const GREETING: Duration = Duration::from_secs(30);
 /// A way to the vsock ports of one guest.
 #[derive(Debug, Clone)]
 pub enum Link {
-    /// The machine's vsock device is in this process, and maybe its memory.
-    Machine(VsockHandle, Option<GuestMemory>),
+    /// The machine's vsock device is in this process, and maybe all of it.
+    Machine(VsockHandle, Option<Reach>),
     /// Another process owns the machine and offers its ports at this Unix socket.
     Socket(PathBuf),
     /// The machine belongs to another process on this host, which is asked at its control socket.
@@ -54,10 +54,10 @@ impl Link {
         }
     }
 
-    /// The guest's memory, where that is in this process.
-    pub fn memory(&self) -> Option<&GuestMemory> {
+    /// What can be done with the guest besides, where the machine is in this process.
+    pub fn reach(&self) -> Option<&Reach> {
         match self {
-            Self::Machine(_, memory) => memory.as_ref(),
+            Self::Machine(_, reach) => reach.as_ref(),
             Self::Socket(_) | Self::Owned(..) | Self::Relayed(_) => None,
         }
     }

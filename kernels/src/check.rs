@@ -191,6 +191,8 @@ const SHARE: &[Requirement] = &[
     optional("INOTIFY_USER", "programs that watch files"),
     optional("FHANDLE", "telling those programs of the host's changes"),
     optional("FANOTIFY", "programs that watch whole filesystems"),
+    optional("IO_URING", "shared folders at full speed"),
+    optional("X86_IOPL_IOPERM", "shared folders at full speed"),
     optional("VIRTIO_FS", "shared folders over virtiofs"),
     optional("NET_9P_VIRTIO", "shared folders over 9p"),
     optional("9P_FS", "shared folders over 9p"),

@@ -7,6 +7,7 @@ use rustix::io::Errno;
 use crate::message::{Args, Reply};
 use crate::owner::Ids;
 use crate::passthrough::{Caller, Share};
+use crate::prompt;
 use crate::watch;
 use crate::wire::{self, InHeader, Opcode};
 
@@ -31,6 +32,9 @@ pub fn dispatch<'a>(share: &Share, message: &[u8], reply: &'a mut Reply) -> (Ans
             return (Answer::Silence, &[]);
         }
     };
+    if !prompt::is_prompt() {
+        share.learn_filesystems();
+    }
     reply.begin(header.unique);
     let outcome = match Opcode::from_number(header.opcode) {
         None => Err(Errno::NOSYS),

@@ -14,6 +14,8 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::path::DecInt;
 
+use crate::prompt;
+
 /// How each step of a path is taken.
 const ONE_STEP: ResolveFlags = ResolveFlags::BENEATH
     .union(ResolveFlags::NO_SYMLINKS)
@@ -76,7 +78,11 @@ impl Stat {
 
     fn of(dir: BorrowedFd<'_>, name: &CStr, flags: AtFlags) -> Result<Self, Errno> {
         let wanted = StatxFlags::BASIC_STATS | StatxFlags::BTIME;
-        let flags = flags | AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+        let mut flags = flags | AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
+        if prompt::is_prompt() {
+            // Attributes that come from elsewhere may be old ones.
+            flags |= AtFlags::STATX_DONT_SYNC;
+        }
         let found = rustix::fs::statx(dir, name, flags, wanted)?;
         let has_birth = found.stx_mask & StatxFlags::BTIME.bits() != 0;
         Ok(Self {

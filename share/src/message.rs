@@ -9,6 +9,7 @@ use rustix::io::Errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::channel::Channel;
+use crate::prompt;
 use crate::wire::{InHeader, NotifyCode, OUT_HEADER_LEN, OutHeader};
 
 /// The longest name of a file, bytes, without the NUL.
@@ -119,6 +120,11 @@ impl<'c> Reply<'c> {
         }
     }
 
+    /// For how many bytes after its header there is room.
+    pub fn capacity(&self) -> usize {
+        self.bytes.len() - OUT_HEADER_LEN
+    }
+
     /// Forgets what was put in: a reply to the request `unique` begins.
     pub fn begin(&mut self, unique: u64) {
         self.unique = unique;
@@ -133,7 +139,7 @@ impl<'c> Reply<'c> {
     /// Adds up to `length` bytes of `file` from `offset` on, and nothing else after them.
     ///
     /// # Errors
-    /// Those of pread(2).
+    /// Those of pread(2), and `EAGAIN` on a thread that must not wait.
     pub fn read(&mut self, file: BorrowedFd<'_>, offset: u64, length: usize) -> Result<(), Errno> {
         let channel = self.channel.filter(|_| self.is_empty());
         if let Some(channel) = channel
@@ -142,7 +148,11 @@ impl<'c> Reply<'c> {
             self.placed = read?;
             return Ok(());
         }
-        let read = rustix::io::pread(file, self.room(length), offset)?;
+        let room = self.room(length);
+        let read = match prompt::is_prompt() {
+            true => prompt::read(file, room, offset)?,
+            false => rustix::io::pread(file, room, offset)?,
+        };
         self.grow(read);
         Ok(())
     }

@@ -76,7 +76,7 @@ fn attend(
 }
 
 /// Whether it closes a file or a directory.
-fn is_release(message: &[u8]) -> bool {
+pub(crate) fn is_release(message: &[u8]) -> bool {
     let opcode = Args::parse(message).map(|(header, _)| Opcode::from_number(header.opcode));
     matches!(opcode, Ok(Some(Opcode::Release | Opcode::Releasedir)))
 }
@@ -112,7 +112,7 @@ fn wait(share: &Share, channel: &dyn Channel, message: Vec<u8>, ended: &AtomicBo
 
 /// Separates this thread's umask from that of the others, as every new file takes another, and leaves
 /// the working directory, which it would keep from being unmounted.
-fn own_umask() -> io::Result<()> {
+pub(crate) fn own_umask() -> io::Result<()> {
     // SAFETY: only what this thread shares with the others of root, working directory and umask is
     // given up; no memory and no descriptor is touched.
     match unsafe { libc::unshare(libc::CLONE_FS) } {

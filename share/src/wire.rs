@@ -84,6 +84,16 @@ opcodes! {
     Statx = 52,
 }
 
+impl Opcode {
+    /// Whether such a request is done in no time, most often, unless it carries much.
+    pub fn is_brief(self) -> bool {
+        !matches!(
+            self,
+            Self::Fsync | Self::Fsyncdir | Self::Syncfs | Self::Fallocate | Self::CopyFileRange
+        )
+    }
+}
+
 /// What a notification says; it stands where a reply has its error.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]

@@ -42,8 +42,16 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "system calls that no crate here has",
     ),
     (
+        "agent/src/mount/call.rs",
+        "a write to an I/O port, and memory that the host writes",
+    ),
+    (
+        "agent/src/mount/pinned.rs",
+        "memory that is pinned and named to the host",
+    ),
+    (
         "agent/src/mount/window.rs",
-        "memory that is pinned and lent to the host",
+        "memory that is lent to the host",
     ),
     ("agent/src/power.rs", "signals to every process"),
     ("agent/src/priority.rs", "the scheduling of a thread"),
@@ -131,6 +139,7 @@ const UNSAFE_FILES: &[(&str, &str)] = &[
         "vmm/src/arch/x86_64/tsc.rs",
         "an instruction without a safe form",
     ),
+    ("vmm/src/calls.rs", "getrusage of a thread"),
     ("vmm/src/memory.rs", "mmap and madvise of guest memory"),
     (
         "vmm/src/probe/guest.rs",

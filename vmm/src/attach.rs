@@ -22,6 +22,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::arch::acpi::VirtioNode;
 use crate::arch::{interrupts, layout};
+use crate::calls::Calls;
 use crate::config::{DiskConfig, MachineConfig, NetConfig, TapSource, VsockConfig};
 use crate::exit::Buses;
 use crate::notify::{self, NotifyError};
@@ -107,6 +108,8 @@ pub struct Devices {
     pub vsock_uds: Option<VsockUds>,
     /// The hold on the guest's balloon, where there is one.
     pub balloon: Option<BalloonHandle>,
+    /// Whom the guest can call.
+    pub calls: Calls,
     /// What the devices have done.
     pub meters: Meters,
 }
@@ -146,6 +149,7 @@ pub fn devices(
         vsock,
         vsock_uds,
         balloon,
+        calls: board.calls,
         meters: board.meters,
     })
 }
@@ -157,6 +161,7 @@ struct Board<'a> {
     buses: Buses,
     nodes: Vec<VirtioNode>,
     transports: Vec<Arc<MmioTransport>>,
+    calls: Calls,
     meters: Meters,
 }
 
@@ -171,11 +176,12 @@ impl<'a> Board<'a> {
             buses: Buses::default(),
             nodes: Vec::new(),
             transports: Vec::new(),
+            calls: Calls::default(),
             meters: Meters::default(),
         }
     }
 
-    /// COM1, the power registers, and the keyboard controller's reset line.
+    /// COM1, the power registers, the keyboard controller's reset line, and the port of calls.
     fn add_platform(&mut self, config: &mut MachineConfig) -> Result<Platform, AttachError> {
         let output = config
             .console
@@ -192,6 +198,8 @@ impl<'a> Board<'a> {
         self.add_port("power switch", layout::POWER_PORT, POWER_LEN, power.clone())?;
         let i8042 = Arc::new(I8042::new(sender));
         self.add_port("keyboard controller", I8042_PORT, I8042_LEN, i8042)?;
+        let (port, calls) = (layout::CALL_PORT.into(), Arc::new(self.calls.clone()));
+        self.add_port("call port", port, layout::CALL_PORTS, calls)?;
         Ok((serial, power, events))
     }
 

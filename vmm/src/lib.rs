@@ -7,6 +7,7 @@
 mod arch;
 mod attach;
 pub mod boot;
+mod calls;
 pub mod config;
 mod control;
 mod exit;
@@ -24,8 +25,10 @@ mod vm;
 
 pub use arch::ProcessorError;
 pub use arch::acpi::AcpiError;
+pub use arch::layout::CALL_PORT;
 pub use arch::tsc_khz;
 pub use attach::AttachError;
+pub use calls::{Call, Callee, Calls};
 pub use config::{DiskConfig, Initrd, MachineConfig, NetConfig, TapSource, VsockConfig};
 pub use control::Outcome;
 pub use exit::RunError;
@@ -34,6 +37,6 @@ pub use launch::{LaunchError, Timings, launch, prepare};
 pub use machine::Machine;
 pub use memory::MemoryError;
 pub use notify::NotifyError;
-pub use reach::GuestMemory;
+pub use reach::{GuestMemory, Reach};
 pub use stats::{DiskStats, MemoryStats, NetStats, Stats, VcpuStats, VsockStats};
 pub use vm::VmError;

@@ -17,11 +17,12 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::attach::Devices;
+use crate::calls::Calls;
 use crate::control::{Control, Outcome};
 use crate::exit::Buses;
 use crate::launch::{LaunchError, Timings};
 use crate::memory;
-use crate::reach::GuestMemory;
+use crate::reach::Reach;
 use crate::stats::{MemoryStats, Meters, Stats, VcpuStats, VsockStats};
 use crate::vcpu;
 use crate::vm::Vm;
@@ -41,6 +42,7 @@ pub struct Machine {
     vsock: Option<VsockHandle>,
     vsock_uds: Option<VsockUds>,
     balloon: Option<BalloonHandle>,
+    calls: Calls,
     meters: Meters,
     timings: Timings,
     vm: Vm,
@@ -64,6 +66,7 @@ impl Machine {
             vsock: devices.vsock,
             vsock_uds: devices.vsock_uds,
             balloon: devices.balloon,
+            calls: devices.calls,
             meters: devices.meters,
             timings: Timings::default(),
             vm,
@@ -130,9 +133,12 @@ impl Machine {
         self.control.resume();
     }
 
-    /// The guest's memory.
-    pub fn memory(&self) -> GuestMemory {
-        self.vm.memory().clone().into()
+    /// The guest's memory, and whom it can call.
+    pub fn reach(&self) -> Reach {
+        Reach {
+            memory: self.vm.memory().clone().into(),
+            calls: self.calls.clone(),
+        }
     }
 
     /// Opens connections into the guest and takes those it opens; None without a vsock device.

@@ -5,7 +5,17 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
+use crate::calls::Calls;
 use crate::memory::MemoryError;
+
+/// What a process that has a machine in it can do besides talking to the guest.
+#[derive(Debug, Clone)]
+pub struct Reach {
+    /// The guest's memory.
+    pub memory: GuestMemory,
+    /// Whom the guest can call.
+    pub calls: Calls,
+}
 
 /// A machine's memory, which stays mapped for as long as this is kept.
 ///

@@ -10,6 +10,8 @@ mod ahead;
 mod alarm;
 mod attach;
 mod attributes;
+mod call;
+mod delivery;
 mod device;
 mod ending;
 mod fresh;
@@ -19,6 +21,7 @@ mod message;
 mod order;
 mod outbox;
 mod overlay;
+mod pinned;
 mod point;
 mod pump;
 mod redo;
@@ -39,7 +42,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use agent::protocol::{
-    self, FromMount, MAX_MOUNT_QUEUES, Mount, MountPoint, MountStream, Mounted, ToMount,
+    self, FromMount, HostMemory, MAX_MOUNT_QUEUES, Mount, MountPoint, MountStream, Mounted, ToMount,
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -48,9 +51,11 @@ use rustix::mount::UnmountFlags;
 use self::ahead::Ahead;
 use self::alarm::Alarm;
 use self::attach::{Attached, Filesystem, Place, Refusal};
+use self::call::Calls;
+use self::delivery::Delivery;
 use self::ending::{Ending, Why};
 use self::known::Known;
-use self::order::{Advice, Replies};
+use self::order::Replies;
 use self::outbox::Outbox;
 use self::overlay::Overlay;
 use self::point::Point;
@@ -101,8 +106,9 @@ struct Carrying {
     ending: Arc<Ending>,
     streams: Vec<Arc<Connection>>,
     replies: Arc<Replies>,
-    /// Whether the host reaches the guest's memory.
-    reaches_memory: bool,
+    queues: u32,
+    /// What can be done where the host reaches the guest's memory.
+    memory: Option<HostMemory>,
     outboxes: Vec<Arc<Outbox>>,
     /// Something is in an outbox.
     held_back: Arc<Alarm>,
@@ -316,8 +322,9 @@ impl Carrying {
             ending: ending.map_err(|error| format!("no event can be made: {error}"))?,
             streams: streams.values().cloned().collect(),
             device,
-            replies: Arc::new(Replies::new(request.queues)),
-            reaches_memory: request.reaches_memory,
+            replies: Arc::new(Replies::new(2 * request.queues)),
+            queues: request.queues,
+            memory: request.memory.clone(),
             outboxes: Vec::new(),
             held_back: Arc::default(),
             overlay: Arc::new(match is_below_overlay {
@@ -377,24 +384,29 @@ impl Carrying {
             0 => Arc::clone(device),
             _ => Arc::new(device::clone(device)?),
         };
-        let counted = move || given.count(queue);
-        let (known, ahead) = (Arc::clone(&self.known), Arc::clone(&self.ahead));
-        let advised = move |advice: Advice<'_>| match advice {
-            Advice::List { directory, entries } => ahead.want(directory, entries),
-            Advice::New { node } => known.fresh.add(node),
-            Advice::Attributes {
-                node,
-                number,
-                attributes,
-            } => known.attributes.add(node, number, attributes),
+        let by_stream = Delivery {
+            device: own,
+            lending: Arc::new(Lending::new(self.memory.is_some())),
+            known: Arc::clone(&self.known),
+            ahead: Arc::clone(&self.ahead),
+            replies: given,
+            way: queue,
         };
-        let lending = Arc::new(Lending::new(self.reaches_memory));
-        let (from, to, lent) = (Arc::clone(&stream), Arc::clone(&own), Arc::clone(&lending));
-        let replies = pump::start_replies(from, to, lent, counted, advised, ending())?;
+        let by_calls = Delivery {
+            way: self.queues + queue,
+            ..by_stream.clone()
+        };
+        let replies = pump::start_replies(Arc::clone(&stream), by_stream, ending())?;
         self.pumps.push(replies);
         let outbox = Arc::new(Outbox::new(stream, Arc::clone(&self.held_back)));
-        let known = Arc::clone(&self.known);
-        let requests = pump::start_requests(own, Arc::clone(&outbox), known, lending, ending())?;
+        let calls = self.memory.as_ref().and_then(|memory| {
+            let number = memory.calls.get(usize::try_from(queue).ok()?)?;
+            Some(Calls {
+                port: memory.call_port,
+                number: *number,
+            })
+        });
+        let requests = pump::start_requests(Arc::clone(&outbox), calls, by_calls, ending())?;
         self.pumps.push(requests);
         self.outboxes.push(outbox);
         Ok(())

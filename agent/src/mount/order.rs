@@ -12,7 +12,7 @@ use agent::protocol::{AFTER_REPLIES, ATTRIBUTES, LIST, NEW, PLACED};
 /// How many replies the kernel has been given.
 #[derive(Debug)]
 pub struct Replies {
-    /// Of each queue.
+    /// Of each way.
     given: Box<[AtomicU64]>,
     /// Whether somebody waits for more: nobody is woken else.
     awaited: AtomicBool,
@@ -22,19 +22,19 @@ pub struct Replies {
 }
 
 impl Replies {
-    /// For so many queues, none of which has had a reply.
-    pub fn new(queues: u32) -> Self {
+    /// For so many ways, none of which has had a reply: the stream of each queue, and then the calls of each.
+    pub fn new(ways: u32) -> Self {
         Self {
-            given: (0..queues).map(|_| AtomicU64::new(0)).collect(),
+            given: (0..ways).map(|_| AtomicU64::new(0)).collect(),
             awaited: AtomicBool::new(false),
             ended: Mutex::new(false),
             changed: Condvar::new(),
         }
     }
 
-    /// One more was given of this queue.
-    pub fn count(&self, queue: u32) {
-        let index = usize::try_from(queue).unwrap_or(usize::MAX);
+    /// One more was given that came by this way.
+    pub fn count(&self, way: u32) {
+        let index = usize::try_from(way).unwrap_or(usize::MAX);
         if let Some(given) = self.given.get(index) {
             // Either this sees who waits, or who waits sees this: both are sequentially consistent.
             given.fetch_add(1, Ordering::SeqCst);

@@ -87,6 +87,15 @@ impl Outbox {
         }
     }
 
+    /// Has `pass_on` take what is held back, or the first so many bytes of it; None where it takes nothing.
+    pub fn pass_on<T>(&self, pass_on: impl FnOnce(&[u8]) -> Option<(usize, T)>) -> Option<T> {
+        let mut held = lock(&self.held);
+        let (taken, value) = pass_on(&held)?;
+        let taken = taken.min(held.len());
+        held.drain(..taken);
+        Some(value)
+    }
+
     /// Sends what is held back.
     pub fn flush(&self) {
         // Where the connection is broken, whoever reads from it ends the mount.
@@ -190,6 +199,19 @@ mod tests {
         outbox.send(&request(1, 3)).unwrap();
         outbox.send(&request(1, 4)).unwrap();
         assert_eq!(received(&host, 4), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn what_is_passed_on_another_way_is_not_sent() {
+        let (outbox, _, host) = outbox();
+        for unique in 1..=3 {
+            outbox.hold(&request(18, unique)).unwrap();
+        }
+        assert!(outbox.pass_on(|_| None::<(usize, ())>).is_none());
+        let passed_on = outbox.pass_on(|held| Some((80, held.len())));
+        assert_eq!(passed_on, Some(120));
+        outbox.send(&request(1, 4)).unwrap();
+        assert_eq!(received(&host, 2), [3, 4]);
     }
 
     #[test]

@@ -15,15 +15,15 @@ use rustix::net::{RecvFlags, recv};
 
 use super::ahead::Ahead;
 use super::alarm::Alarm;
+use super::call::Calls;
+use super::delivery::Delivery;
 use super::ending::{Ending, Why};
-use super::known::Known;
-use super::message::{self, OUT_HEADER};
-use super::order::{self, Advice, Replies};
+use super::message::OUT_HEADER;
+use super::order::{self, Replies};
 use super::outbox::{self, Outbox};
 use super::overlay;
 use super::requests;
 use super::view::Lookout;
-use super::window::Lending;
 use crate::connection::Connection;
 use crate::socket_option;
 
@@ -45,62 +45,28 @@ const STALLED: Timespec = Timespec {
 /// Pumps call little and keep their buffers on the heap.
 const STACK: usize = 64 << 10;
 
-/// Starts the thread that carries the kernel's requests to the host.
+/// Starts the thread that carries the kernel's requests to the host, by `to` or by calls, and what calls answer back.
 pub fn start_requests(
-    from: Arc<OwnedFd>,
     to: Arc<Outbox>,
-    known: Arc<Known>,
-    lending: Arc<Lending>,
+    calls: Option<Calls>,
+    delivery: Delivery,
     ending: Arc<Ending>,
 ) -> io::Result<JoinHandle<()>> {
     start("fuse-requests", move || {
-        ending.announce(requests::carry(&from, &to, &known, &lending));
+        ending.announce(requests::carry(&to, calls, &delivery));
     })
 }
 
-/// Starts the thread that carries the host's replies to the kernel, and calls `given` after each; what is advice
-/// goes to `advised`.
+/// Starts the thread that carries the host's replies to the kernel.
 pub fn start_replies(
     from: Arc<Connection>,
-    to: Arc<OwnedFd>,
-    lending: Arc<Lending>,
-    given: impl Fn() + Send + 'static,
-    advised: impl Fn(Advice<'_>) + Send + 'static,
+    delivery: Delivery,
     ending: Arc<Ending>,
 ) -> io::Result<JoinHandle<()>> {
     start("fuse-replies", move || {
-        let mut tell = |message: &[u8]| {
-            if let Some(advice) = order::advice(message) {
-                advised(advice);
-                return Ok(());
-            }
-            match give(&to, message, &lending) {
-                // The request was interrupted, and nobody waits for its reply any more.
-                Ok(_) | Err(Errno::NOENT) => {
-                    given();
-                    Ok(())
-                }
-                Err(errno) => Err(Why::Failed(format!(
-                    "the kernel refuses a reply of the host: {errno}"
-                ))),
-            }
-        };
-        let Err(why) = carry_to_kernel(&from, &mut tell);
+        let Err(why) = carry_to_kernel(&from, &mut |message| delivery.deliver(message));
         ending.announce(why);
     })
-}
-
-/// Gives the kernel a reply, which is `message` or lies in the slot that was lent for it.
-fn give(to: &OwnedFd, message: &[u8], lending: &Lending) -> rustix::io::Result<usize> {
-    if let Some((unique, length)) = order::placed(message) {
-        let slot = lending.window().and_then(|window| window.take_back(unique));
-        let reply = slot.as_ref().and_then(|slot| slot.bytes().get(..length));
-        return rustix::io::write(to, reply.ok_or(Errno::INVAL)?);
-    }
-    if let Some(unique) = message::unique(message) {
-        lending.answered(unique);
-    }
-    rustix::io::write(to, message)
 }
 
 /// Starts the thread that carries the host's notifications to the kernel, which may refuse them: they are of

@@ -1,18 +1,19 @@
 //! The way of the kernel's requests to the host: what need not go there is answered, and what is long goes through the
 //! window, where there is one.
 
+use std::convert::Infallible;
 use std::io;
-use std::os::fd::OwnedFd;
 
-use agent::protocol::{PLACE, PLACED_FROM, REQUEST_PLACED, WINDOW, for_host};
+use agent::protocol::{CALLS, PLACE, PLACED_FROM, REQUEST_PLACED, WINDOW, for_host};
 use rustix::io::Errno;
 
+use super::call::{Caller, Calls};
+use super::delivery::Delivery;
 use super::ending::Why;
-use super::known::Known;
 use super::message::{self, IN_HEADER, word};
 use super::outbox::{self, Outbox};
 use super::pump::MAX_MESSAGE;
-use super::window::{Lending, SLOT, Slot};
+use super::window::{Lending, SLOT, Slot, Window};
 
 /// The opcode `FUSE_READ`, and where its `fuse_read_in` has how much is read.
 const READ: u32 = 15;
@@ -24,42 +25,15 @@ const WRITE: u32 = 16;
 const _: () = assert!(SLOT >= MAX_MESSAGE);
 
 /// Carries requests until there are no more, and returns why.
-pub fn carry(from: &OwnedFd, to: &Outbox, known: &Known, lending: &Lending) -> Why {
-    let mut way = Way {
+pub fn carry(to: &Outbox, calls: Option<Calls>, delivery: &Delivery) -> Why {
+    let way = Way {
         to,
-        lending,
-        own: vec![0; MAX_MESSAGE],
-        slot: None,
+        delivery,
+        // Without calls, all goes over the stream.
+        caller: calls.and_then(|calls| Caller::new(calls).ok()),
     };
-    loop {
-        let buffer = way.room();
-        let length = match rustix::io::read(from, &mut *buffer) {
-            Ok(length) => length,
-            // The request was interrupted before it was read.
-            Err(Errno::NOENT | Errno::INTR | Errno::AGAIN) => continue,
-            Err(Errno::NODEV | Errno::CONNABORTED) => return Why::Unmounted,
-            Err(errno) => return Why::Failed(format!("{errno} from the kernel's FUSE")),
-        };
-        let request = buffer.get(..length).unwrap_or_default();
-        // A reply is refused only where the mount has ended, which the next read says too.
-        let answer = |reply: &[u8]| {
-            let _ = rustix::io::write(from, reply);
-        };
-        if known.answer(request, answer) {
-            continue;
-        }
-        if let Some(reply) = outbox::reply_to(request) {
-            answer(&reply);
-        }
-        let sent = match (Long::of(request), outbox::can_wait(request)) {
-            (Some(long), _) => way.send_long(long),
-            (None, true) => to.hold(request),
-            (None, false) => to.send(request),
-        };
-        if let Err(error) = sent {
-            return Why::Failed(format!("the host takes no requests any more: {error}"));
-        }
-    }
+    let Err(why) = way.carry();
+    why
 }
 
 /// A request that is long, or whose reply may be, and that is answered in any case.
@@ -86,52 +60,119 @@ impl Long {
     }
 }
 
-/// Where requests are read to, and sent.
+/// Where requests go.
 struct Way<'a> {
     to: &'a Outbox,
-    lending: &'a Lending,
-    own: Vec<u8>,
-    /// Requests are read to here where a slot is free, as a long one stays where it is then.
-    slot: Option<Slot<'a>>,
+    delivery: &'a Delivery,
+    caller: Option<Caller>,
 }
 
-impl Way<'_> {
-    fn room(&mut self) -> &mut [u8] {
-        match &mut self.slot {
-            Some(slot) => slot.bytes_mut(),
-            None => &mut self.own,
+impl<'a> Way<'a> {
+    fn carry(mut self) -> Result<Infallible, Why> {
+        if let Some(caller) = &self.caller {
+            self.send(&for_host(CALLS, 0, caller.addresses()))?;
+        }
+        let mut own = vec![0; MAX_MESSAGE];
+        // Requests are read to here where a slot is free, as a long one stays where it is then.
+        let mut slot: Option<Slot<'a>> = None;
+        loop {
+            let buffer = match &mut slot {
+                Some(slot) => slot.bytes_mut(),
+                None => &mut own[..],
+            };
+            let length = self.read(buffer)?;
+            let request = buffer.get(..length).unwrap_or_default();
+            if length == 0 || self.answer(request) {
+                continue;
+            }
+            match Long::of(request) {
+                Some(long) => slot = self.send_long(long, slot.take(), &own)?,
+                None if outbox::can_wait(request) => self.to.hold(request).map_err(unsent)?,
+                None => self.ask(request)?,
+            }
         }
     }
 
-    /// Sends what was read last.
-    fn send_long(&mut self, long: Long) -> io::Result<()> {
+    /// The length of the next request; zero where it was interrupted before it was read.
+    fn read(&self, buffer: &mut [u8]) -> Result<usize, Why> {
+        match rustix::io::read(&self.delivery.device, buffer) {
+            Ok(length) => Ok(length),
+            Err(Errno::NOENT | Errno::INTR | Errno::AGAIN) => Ok(0),
+            Err(Errno::NODEV | Errno::CONNABORTED) => Err(Why::Unmounted),
+            Err(errno) => Err(Why::Failed(format!("{errno} from the kernel's FUSE"))),
+        }
+    }
+
+    /// Answers what need not wait for the host; whether the host need not know of it either.
+    fn answer(&self, request: &[u8]) -> bool {
+        // A reply is refused only where the mount has ended, which the next read says too.
+        let answer = |reply: &[u8]| {
+            let _ = rustix::io::write(&self.delivery.device, reply);
+        };
+        if self.delivery.known.answer(request, answer) {
+            return true;
+        }
+        if let Some(reply) = outbox::reply_to(request) {
+            answer(&reply);
+        }
+        false
+    }
+
+    fn send(&self, message: &[u8]) -> Result<(), Why> {
+        self.to.send(message).map_err(unsent)
+    }
+
+    /// Asks the host by a call, or else by the stream.
+    fn ask(&mut self, message: &[u8]) -> Result<(), Why> {
+        let answered = self.caller.as_mut().and_then(|caller| {
+            self.to.pass_on(|held| {
+                let answer = caller.ask(message, held)?;
+                Some((answer.taken, answer.messages))
+            })
+        });
+        match answered {
+            Some(mut messages) => messages.try_for_each(|message| self.delivery.deliver(message)),
+            None => self.send(message),
+        }
+    }
+
+    /// Sends what was read last, into `slot` or else `own`; returns the slot for the next.
+    fn send_long(
+        &self,
+        long: Long,
+        slot: Option<Slot<'a>>,
+        own: &[u8],
+    ) -> Result<Option<Slot<'a>>, Why> {
+        let lending: &'a Lending = &self.delivery.lending;
         let to = self.to;
-        let window = self
-            .lending
-            .open(|window| to.send(&for_host(WINDOW, 0, window.addresses())))?;
-        let slot = self.slot.take();
-        let sent = match long {
+        let window = lending
+            .open(|window| to.send(&for_host(WINDOW, 0, window.addresses())))
+            .map_err(unsent)?;
+        match long {
             Long::Request { unique, length } => match slot {
                 Some(slot) => {
                     let index = slot.index() as u64;
                     slot.lend(unique);
-                    to.send(&for_host(REQUEST_PLACED, unique, &[index, length as u64]))
+                    self.send(&for_host(REQUEST_PLACED, unique, &[index, length as u64]))?;
                 }
-                None => to.send(self.own.get(..length).unwrap_or_default()),
+                None => self.send(own.get(..length).unwrap_or_default())?,
             },
             Long::Reply { unique, request } => match slot.or_else(|| window?.take()) {
                 Some(slot) => {
                     let mut both = for_host(PLACE, unique, &[slot.index() as u64]);
                     slot.lend(unique);
                     both.extend(request);
-                    to.send(&both)
+                    self.send(&both)?;
                 }
-                None => to.send(&request),
+                None => self.send(&request)?,
             },
-        };
-        self.slot = window.and_then(|window| window.take());
-        sent
+        }
+        Ok(window.and_then(Window::take))
     }
+}
+
+fn unsent(error: io::Error) -> Why {
+    Why::Failed(format!("the host takes no requests any more: {error}"))
 }
 
 #[cfg(test)]

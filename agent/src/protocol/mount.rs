@@ -20,8 +20,17 @@ pub struct Mount {
     /// How many [`MountStream::Requests`] the host opens, 1 to [`MAX_MOUNT_QUEUES`]. The folder is mounted when
     /// these and the one of notifications are there.
     pub queues: u32,
-    /// Whether the host has the guest's memory before it, so that a [`WINDOW`] may be opened on each queue.
-    pub reaches_memory: bool,
+    /// Where the host has the guest's memory before it: what that is good for.
+    pub memory: Option<HostMemory>,
+}
+
+/// What the agent can do with a host that has the guest's memory before it: besides, it may open a [`WINDOW`] on each queue.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostMemory {
+    /// The I/O port at which the host is called.
+    pub call_port: u16,
+    /// What is written there, as four bytes, for each queue, once it has an area for [`CALLS`].
+    pub calls: Vec<u32>,
 }
 
 /// The most connections that carry one mount's requests.
@@ -56,7 +65,8 @@ const OUT_HEADER: usize = 16;
 /// The `error` of a message among notifications that is for the agent and not for the kernel: those after it
 /// are given to the kernel once it has been given so many replies, in all, of each queue.
 ///
-/// Behind its header (`unique` is 0) are these numbers for queue 0, 1 and so on: u64, little endian.
+/// Behind its header (`unique` is 0) are these numbers for queue 0, 1 and so on, and then the same for replies to the
+/// [`CALLS`] of each queue: u64, little endian.
 pub const AFTER_REPLIES: i32 = i32::MAX;
 
 /// The `error` of a message among replies that is for the agent and not for the kernel: behind its header
@@ -84,7 +94,7 @@ const IN_HEADER: usize = 40;
 ///
 /// A slot belongs to the agent, which lends it for a request until that is answered. As the opcode of a message among
 /// requests, behind whose header stand the guest-physical addresses of all pages, u64, little endian: this is the
-/// queue's window. Sent at most once, and only where the host [can reach it](Mount::reaches_memory).
+/// queue's window. Sent at most once, and only where the host [can reach it](Mount::memory).
 pub const WINDOW: u32 = u32::MAX;
 /// Slots of a window.
 pub const WINDOW_SLOTS: usize = 2;
@@ -103,6 +113,26 @@ pub const REQUEST_PLACED: u32 = u32::MAX - 2;
 
 /// A request, or a reply, shorter than so many bytes does not go through a window.
 pub const PLACED_FROM: usize = 16 << 10;
+
+/// The opcode of a message among requests that opens an area for calls: behind its header are the guest-physical addresses
+/// of [`CALL_PAGES`] pages, u64, little endian. Sent at most once for a queue.
+///
+/// A call is a request that does not go over the stream: the agent leaves it in the area, and then [calls](HostMemory),
+/// with what is held back behind it. When it goes on, the host has answered it there, or has left that for the
+/// stream. At the beginning of the area stand how many bytes of messages there are ([`CALL_ASKED`]) and how many of these were
+/// answered ([`CALL_DONE`]), always whole ones and first the first, by so many bytes of messages
+/// ([`CALL_ANSWERED`]); u64, little endian, at these offsets. The messages of either side follow at [`CALL_HEADER`].
+pub const CALLS: u32 = u32::MAX - 3;
+/// Pages of an area for calls, each of [`WINDOW_PAGE`] bytes.
+pub const CALL_PAGES: usize = 6;
+/// How many bytes of messages are asked for.
+pub const CALL_ASKED: usize = 0;
+/// How many of them were done.
+pub const CALL_DONE: usize = 8;
+/// How many bytes of messages answer them.
+pub const CALL_ANSWERED: usize = 16;
+/// Where messages begin.
+pub const CALL_HEADER: usize = 24;
 
 /// A message for the host, among requests: with this opcode, `unique`, and these numbers behind `fuse_in_header`.
 pub fn for_host(opcode: u32, unique: u64, numbers: &[u64]) -> Vec<u8> {

@@ -3,8 +3,10 @@
 //! This process serves them (crate `share`); the guest's agent mounts them and passes whole FUSE messages on,
 //! over vsock connections of their own. What is mounted is known here and nowhere else.
 
+mod desk;
 mod error;
 mod gather;
+mod pieces;
 mod root;
 mod served;
 pub mod spec;

@@ -10,10 +10,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use agent::protocol::{
-    self, AGENT_PORT, FromMount, Mount, MountPoint, MountStream, Mounted, Open, ToMount,
+    self, AGENT_PORT, FromMount, HostMemory, Mount, MountPoint, MountStream, Mounted, Open, ToMount,
 };
 use share::{HostEvent, Share};
+use vmm::{CALL_PORT, Call};
 
+use super::desk::Desk;
 use super::error::FolderError;
 use super::gather::{self, Gathered};
 use super::stream::{Notices, Queue};
@@ -57,8 +59,10 @@ pub struct Served {
 /// What the threads of a folder share.
 #[derive(Debug)]
 struct Shared {
-    share: Share,
+    share: Arc<Share>,
     queues: Arc<[Queue]>,
+    /// Has the guest's calls come to the queues.
+    _calls: Vec<Call>,
     notices: Notices,
     /// Held from a request to the agent until its answer.
     control: Mutex<UnixStream>,
@@ -85,6 +89,7 @@ impl Served {
         let mode = share
             .root_mode()
             .map_err(|errno| FolderError::Lost(errno.into()))?;
+        let desks = Desks::of(link, share, place.queues);
         let request = Mount {
             mount: session::fresh_id(),
             at: place.at.clone(),
@@ -92,9 +97,9 @@ impl Served {
             mode,
             read_only: place.read_only,
             queues: place.queues,
-            reaches_memory: link.memory().is_some(),
+            memory: desks.described(),
         };
-        let served = Self::connect(link, share, &request).map_err(FolderError::Lost)?;
+        let served = Self::connect(link, desks, &request).map_err(FolderError::Lost)?;
         for queue in 0..served.shared.queues.len() {
             for _ in 0..THREADS {
                 let serve = move |shared: &Shared| shared.serve(queue);
@@ -117,24 +122,27 @@ impl Served {
         Ok(served)
     }
 
-    fn connect(link: &Link, share: Share, request: &Mount) -> io::Result<Self> {
+    fn connect(link: &Link, desks: Desks, request: &Mount) -> io::Result<Self> {
         let control = open(link, &Open::Mount(request.clone()))?;
         let stream = |kind| {
             let mount = request.mount;
             open(link, &Open::MountStream { mount, kind })
         };
+        let mut of_queues = desks.of_queues.iter().cloned();
         let queues = (0..request.queues)
             .map(|queue| {
                 let stream = stream(MountStream::Requests { queue })?;
-                Ok(Queue::new(stream, link.memory().cloned().map(Window::new)))
+                let window = link.reach().map(|reach| Window::new(reach.memory.clone()));
+                Ok(Queue::new(stream, window, of_queues.next()))
             })
             .collect::<io::Result<Arc<[Queue]>>>()?;
         let notices = Notices::new(stream(MountStream::Notifications)?, queues.clone());
         control.set_read_timeout(Some(PATIENCE))?;
         Ok(Self {
             shared: Arc::new(Shared {
-                share,
+                share: desks.share,
                 queues,
+                _calls: desks.calls,
                 notices,
                 hang_up: control.try_clone()?,
                 control: Mutex::new(control),
@@ -245,6 +253,39 @@ impl Served {
 impl Drop for Served {
     fn drop(&mut self) {
         self.end();
+    }
+}
+
+/// Where the calls of a folder's queues are answered, where the guest's memory is in this process.
+struct Desks {
+    share: Arc<Share>,
+    of_queues: Vec<Arc<Desk>>,
+    calls: Vec<Call>,
+}
+
+impl Desks {
+    fn of(link: &Link, share: Share, queues: u32) -> Self {
+        let share = Arc::new(share);
+        let (of_queues, calls) = (0..queues)
+            .filter_map(|_| {
+                let reach = link.reach()?;
+                let desk = Arc::new(Desk::new(share.clone(), reach.memory.clone()));
+                Some((desk.clone(), reach.calls.add(desk)))
+            })
+            .unzip();
+        Self {
+            share,
+            of_queues,
+            calls,
+        }
+    }
+
+    /// What the agent has to know of them.
+    fn described(&self) -> Option<HostMemory> {
+        (!self.calls.is_empty()).then(|| HostMemory {
+            call_port: CALL_PORT,
+            calls: self.calls.iter().map(Call::number).collect(),
+        })
     }
 }
 

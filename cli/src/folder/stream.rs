@@ -12,12 +12,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
 use agent::protocol::{
-    AFTER_REPLIES, ATTRIBUTES, LIST, NEW, PLACE, PLACED, REQUEST_PLACED, WINDOW, for_agent,
+    AFTER_REPLIES, ATTRIBUTES, CALLS, LIST, NEW, PLACE, PLACED, REQUEST_PLACED, WINDOW, for_agent,
 };
 use rustix::io::Errno;
 use share::wire::Opcode;
 use share::{Advice, Channel};
 
+use super::desk::Desk;
 use super::window::Window;
 
 /// How much is read at a time, bytes: many small requests, or the beginning of a large one, whose rest is
@@ -50,6 +51,8 @@ pub struct Queue {
     replies: AtomicU64,
     /// Where the guest's memory is in this process.
     window: Option<Window>,
+    /// Where requests come that are not on the stream.
+    desk: Option<Arc<Desk>>,
 }
 
 #[derive(Debug, Default)]
@@ -67,8 +70,8 @@ struct Input {
 }
 
 impl Queue {
-    /// The requests that come on `stream`, and through `window`.
-    pub fn new(stream: UnixStream, window: Option<Window>) -> Self {
+    /// The requests that come on `stream`, and through `window`; others come to `desk`.
+    pub fn new(stream: UnixStream, window: Option<Window>, desk: Option<Arc<Desk>>) -> Self {
         Self {
             stream,
             turn: Mutex::default(),
@@ -81,7 +84,13 @@ impl Queue {
             output: Mutex::new(()),
             replies: AtomicU64::new(0),
             window,
+            desk,
         }
+    }
+
+    /// How many replies were given to calls, all of them before this says so.
+    fn answered_calls(&self) -> u64 {
+        self.desk.as_ref().map_or(0, |desk| desk.replies())
     }
 
     /// Ends it, whoever waits for more.
@@ -119,13 +128,15 @@ impl Queue {
                 Some(number) => Ok(u64::from_le_bytes(*number)),
                 None => Err(invalid("the guest leaves something out".to_owned())),
             };
-            match word(said, OPCODE) {
-                Some(WINDOW) => {
-                    let pages = numbers().iter().map(|page| u64::from_le_bytes(*page));
-                    window.open(&pages.collect::<Vec<_>>())?;
-                }
-                Some(PLACE) => window.lend(unique(said).unwrap_or_default(), number(0)?)?,
-                Some(REQUEST_PLACED) => {
+            let pages = || -> Vec<u64> {
+                let pages = numbers().iter().map(|page| u64::from_le_bytes(*page));
+                pages.collect()
+            };
+            match (word(said, OPCODE), &self.desk) {
+                (Some(WINDOW), _) => window.open(&pages())?,
+                (Some(CALLS), Some(desk)) => desk.open(&pages())?,
+                (Some(PLACE), _) => window.lend(unique(said).unwrap_or_default(), number(0)?)?,
+                (Some(REQUEST_PLACED), _) => {
                     let (slot, length) = (number(0)?, number(1)?);
                     return window.fetch(slot, length, message);
                 }
@@ -285,14 +296,7 @@ fn is_quick(message: &[u8]) -> bool {
         Some(Opcode::Read | Opcode::Readdir | Opcode::Readdirplus) => {
             word(message, REQUEST_HEADER + 16).is_some_and(|size| size as usize <= LITTLE)
         }
-        Some(
-            Opcode::Fsync
-            | Opcode::Fsyncdir
-            | Opcode::Syncfs
-            | Opcode::Fallocate
-            | Opcode::CopyFileRange,
-        ) => false,
-        Some(_) => message.len() <= LITTLE,
+        Some(opcode) => opcode.is_brief() && message.len() <= LITTLE,
         None => false,
     }
 }
@@ -302,7 +306,7 @@ fn is_quick(message: &[u8]) -> bool {
 pub struct Notices {
     stream: UnixStream,
     queues: Arc<[Queue]>,
-    /// How many replies of each queue the agent was told to wait for.
+    /// How many replies of each queue the agent was told to wait for, and then to calls of each.
     told: Mutex<Vec<u64>>,
 }
 
@@ -311,7 +315,7 @@ impl Notices {
     pub fn new(stream: UnixStream, queues: Arc<[Queue]>) -> Self {
         Self {
             stream,
-            told: Mutex::new(vec![0; queues.len()]),
+            told: Mutex::new(vec![0; 2 * queues.len()]),
             queues,
         }
     }
@@ -329,11 +333,10 @@ impl Channel for Notices {
 
     fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
         let mut told = lock(&self.told);
-        let sent: Vec<u64> = self
-            .queues
-            .iter()
-            .map(|queue| queue.replies.load(Ordering::Acquire))
-            .collect();
+        let on_streams = self.queues.iter();
+        let on_streams = on_streams.map(|queue| queue.replies.load(Ordering::Acquire));
+        let to_calls = self.queues.iter().map(Queue::answered_calls);
+        let sent: Vec<u64> = on_streams.chain(to_calls).collect();
         if sent != *told {
             let after = for_agent(AFTER_REPLIES, &sent, &[]);
             write_all(&self.stream, &[IoSlice::new(&after)])?;
@@ -343,8 +346,14 @@ impl Channel for Notices {
     }
 }
 
+/// The message that `bytes` begin with; None where there is no whole one.
+pub fn first(bytes: &[u8]) -> Option<&[u8]> {
+    let length = usize::try_from(word(bytes, 0)?).ok()?;
+    bytes.get(..length).filter(|_| length >= REQUEST_HEADER)
+}
+
 /// Advice as a message for the agent.
-fn told(advice: &Advice) -> Vec<u8> {
+pub fn told(advice: &Advice) -> Vec<u8> {
     match advice {
         Advice::List { dir, entries } => for_agent(LIST, &[*dir, (*entries).into()], &[]),
         Advice::New { node } => for_agent(NEW, &[*node], &[]),

@@ -13,7 +13,7 @@ fn request(number: u8, length: usize) -> Vec<u8> {
 
 fn pair() -> (Queue, UnixStream) {
     let (near, far) = UnixStream::pair().unwrap();
-    (Queue::new(near, None), far)
+    (Queue::new(near, None, None), far)
 }
 
 fn received(queue: &Queue) -> io::Result<Vec<u8>> {
@@ -220,11 +220,11 @@ fn notices_say_which_replies_they_come_after() {
     };
     told(&[]);
     queues[1].send(&[IoSlice::new(b"reply")]).unwrap();
-    told(&[0, 1]);
+    told(&[0, 1, 0, 0]);
     told(&[]);
     queues[0].send(&[IoSlice::new(b"reply")]).unwrap();
     queues[0].send(&[IoSlice::new(b"reply")]).unwrap();
-    told(&[2, 1]);
+    told(&[2, 1, 0, 0]);
     let message = for_agent(AFTER_REPLIES, &[2, 1], &[]);
     assert_eq!(message.len(), 32);
     assert_eq!(message[..4], 32_u32.to_ne_bytes());

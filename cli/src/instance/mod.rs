@@ -131,7 +131,7 @@ impl Instance {
         match &self.place {
             Place::Here(machine) => {
                 let vsock = machine.vsock().context("the machine has no vsock device")?;
-                Ok(Link::Machine(vsock.clone(), Some(machine.memory())))
+                Ok(Link::Machine(vsock.clone(), Some(machine.reach())))
             }
             Place::Outer(outer) => Ok(outer.link()),
         }

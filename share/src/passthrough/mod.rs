@@ -10,6 +10,7 @@ mod entry;
 mod file;
 mod init;
 mod locking;
+mod near;
 mod readdir;
 mod replay;
 mod told;
@@ -29,6 +30,7 @@ use rustix::io::Errno;
 use rustix::process::Resource;
 use thiserror::Error;
 
+use self::near::Near;
 use crate::handle::{Handle, Handles};
 use crate::host::{Descriptors, Key, Stat};
 use crate::inode::{Held, Inode, Inodes};
@@ -180,6 +182,8 @@ pub struct Share {
     pub(crate) locks: Locks,
     /// Directories in the middle of being listed that were never opened, the oldest first.
     parked: Mutex<VecDeque<Arc<Handle>>>,
+    /// Which of its files can be reached without waiting.
+    near: Near,
     /// Where the guest is told of changes.
     watcher: Option<Watcher>,
     /// Where the guest may change what is not watched.
@@ -216,6 +220,8 @@ impl Share {
         }
         let fds = Descriptors::open().map_err(|source| ShareError::Proc { source })?;
         let limits = options.limits;
+        let near = Near::default();
+        near.learn(stat.key.dev, root.as_fd());
         // What is changed in a single file concerns those that watch its directory.
         let is_file = stat.kind() == FileType::RegularFile;
         let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
@@ -234,6 +240,7 @@ impl Share {
             handles: Handles::new(limits.handles),
             locks: Locks::new(limits.handles),
             parked: Mutex::default(),
+            near,
             watcher,
             _unseen: unseen,
             replay: Mutex::default(),

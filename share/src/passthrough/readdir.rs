@@ -131,12 +131,14 @@ impl Share {
                 kind: entry.file_type(),
                 next: entry.next_entry_cookie(),
             };
-            if !self.list(handle, &found, plus, limit, reply)? {
-                // The kernel's position is behind what it gave; the next read is to begin with this.
-                rustix::fs::seek(handle, SeekFrom::Start(*position))?;
-                return Ok(());
+            match self.list(handle, &found, plus, limit, reply) {
+                Ok(true) => *position = found.next,
+                outcome => {
+                    // The kernel's position is behind what it gave; the next read is to begin with this.
+                    rustix::fs::seek(handle, SeekFrom::Start(*position))?;
+                    return outcome.map(drop);
+                }
             }
-            *position = found.next;
         }
         Ok(())
     }
@@ -157,7 +159,7 @@ impl Share {
             return Ok(false);
         }
         let is_itself = matches!(name, b"." | b"..");
-        if !plus && !is_itself && !self.is_shown(handle, found.name) {
+        if !plus && !is_itself && !self.is_shown(handle, found.name)? {
             return Ok(true);
         }
         let mut kind = found.kind;

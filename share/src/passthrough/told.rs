@@ -5,6 +5,8 @@ use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStringExt;
 use std::sync::{Arc, RwLockReadGuard};
 
+use rustix::io::Errno;
+
 use super::Share;
 use crate::host::Stat;
 use crate::inode::{Inode, Place};
@@ -19,6 +21,23 @@ impl Share {
     /// says is then taken back after it, should it change. Requests that take long tell nothing that
     /// could be taken back.
     pub fn telling(&self, message: &[u8]) -> Option<RwLockReadGuard<'_, ()>> {
+        Some(self.teller(message)?.telling())
+    }
+
+    /// The same for a thread that must not wait.
+    ///
+    /// # Errors
+    /// `EAGAIN` where somebody waits to take back what was told.
+    pub(crate) fn telling_promptly(
+        &self,
+        message: &[u8],
+    ) -> Result<Option<RwLockReadGuard<'_, ()>>, Errno> {
+        let watcher = self.teller(message);
+        watcher.map(Watcher::telling_promptly).transpose()
+    }
+
+    /// The watcher, where a request is one that tells what may be taken back.
+    fn teller(&self, message: &[u8]) -> Option<&Watcher> {
         use Opcode::{
             BatchForget, CopyFileRange, Fallocate, Forget, Fsync, Fsyncdir, Read, Setlkw, Syncfs,
             Write,
@@ -28,7 +47,7 @@ impl Share {
         match Opcode::from_number(header.opcode)? {
             BatchForget | CopyFileRange | Fallocate | Forget | Fsync | Fsyncdir | Read | Setlkw
             | Syncfs | Write => None,
-            _ => Some(watcher.telling()),
+            _ => Some(watcher),
         }
     }
 

@@ -14,6 +14,7 @@ use super::{Options, Share, ShareError};
 use crate::handle::Handle;
 use crate::host::Stat;
 use crate::inode::{Held, Inode};
+use crate::prompt;
 use crate::view::{Scope, View};
 use crate::wire::ROOT_ID;
 
@@ -49,10 +50,10 @@ impl Share {
         name: &CStr,
     ) -> Result<(Stat, Scope), Errno> {
         let Some(filter) = &self.filter else {
-            return Ok((Stat::at(dir, name)?, Scope::ROOT));
+            return Ok((self.look(parent, dir, name)?, Scope::ROOT));
         };
         let scope = filter.below(parent.scope(), name).ok_or(Errno::NOENT)?;
-        let stat = match Stat::at(dir, name) {
+        let stat = match self.look(parent, dir, name) {
             // Where nobody can look, there is nothing.
             Err(Errno::ACCESS) => Err(Errno::NOENT),
             outcome => outcome,
@@ -63,9 +64,29 @@ impl Share {
         }
     }
 
+    /// What `name` in `dir`, which is `parent`, is.
+    fn look(&self, parent: &Inode, dir: BorrowedFd<'_>, name: &CStr) -> Result<Stat, Errno> {
+        let stat = Stat::at(dir, name)?;
+        // What is mounted there may be far, and that was not asked.
+        let is_new = stat.key.dev != parent.key.dev && !self.near.has(stat.key.dev);
+        match is_new && prompt::is_prompt() {
+            true => Err(Errno::AGAIN),
+            false => Ok(stat),
+        }
+    }
+
     /// Whether `name` in a directory that is being listed is shown.
-    pub(super) fn is_shown(&self, dir: &Handle, name: &CStr) -> bool {
-        self.filter.is_none() || self.find(&dir.inode, dir.as_fd(), name).is_ok()
+    ///
+    /// # Errors
+    /// `EAGAIN` where that cannot be told promptly.
+    pub(super) fn is_shown(&self, dir: &Handle, name: &CStr) -> Result<bool, Errno> {
+        if self.filter.is_none() {
+            return Ok(true);
+        }
+        match self.find(&dir.inode, dir.as_fd(), name) {
+            Err(Errno::AGAIN) => Err(Errno::AGAIN),
+            found => Ok(found.is_ok()),
+        }
     }
 
     /// Whether the guest may hear of what happens to a name in a directory.

@@ -15,7 +15,7 @@ use std::collections::{HashMap, HashSet};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Mutex, OnceLock, PoisonError, RwLock, RwLockReadGuard, TryLockError};
 
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fd::OwnedFd;
@@ -90,6 +90,18 @@ impl Watcher {
     /// What is told to the guest while this is held is taken back in time where it changes.
     pub fn telling(&self) -> RwLockReadGuard<'_, ()> {
         self.telling.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same, unless that has to wait.
+    ///
+    /// # Errors
+    /// `EAGAIN` then.
+    pub fn telling_promptly(&self) -> Result<RwLockReadGuard<'_, ()>, Errno> {
+        match self.telling.try_read() {
+            Ok(telling) => Ok(telling),
+            Err(TryLockError::Poisoned(telling)) => Ok(telling.into_inner()),
+            Err(TryLockError::WouldBlock) => Err(Errno::AGAIN),
+        }
     }
 
     /// What is shared.
@@ -217,5 +229,24 @@ impl Drop for Watcher {
         for id in dirs.keys() {
             overlap::leave(id);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_must_not_wait_does_not_wait_for_who_takes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let Ok(watcher) = Watcher::open(dir.path()) else {
+            return eprintln!("skipped: this host has no fanotify for us");
+        };
+        {
+            let _telling = watcher.telling();
+            assert!(watcher.telling_promptly().is_ok());
+        }
+        let _all_told = watcher.telling.write().unwrap();
+        assert_eq!(watcher.telling_promptly().err(), Some(Errno::AGAIN));
     }
 }

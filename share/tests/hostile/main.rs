@@ -2,6 +2,7 @@
 
 mod bounds;
 mod guest;
+mod prompt;
 mod races;
 mod reach;
 mod refused;

@@ -133,7 +133,7 @@ pub fn ask(asked: &Asked) -> (u64, UnixStream) {
         mode: asked.mode,
         read_only: asked.read_only,
         queues: asked.queues,
-        reaches_memory: false,
+        memory: None,
     }));
     (mount, control)
 }

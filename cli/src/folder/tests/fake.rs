@@ -300,7 +300,9 @@ fn wait_for_replies(replies: &[AtomicU64], message: &[u8]) {
     let (counts, []) = message[16..].as_chunks::<8>() else {
         panic!("{message:?}")
     };
-    assert_eq!(counts.len(), replies.len());
+    // This guest makes no calls.
+    let (counts, of_calls) = counts.split_at(replies.len());
+    assert_eq!(of_calls, vec![[0; 8]; replies.len()]);
     for (count, replies) in counts.iter().zip(replies) {
         while replies.load(Ordering::SeqCst) < u64::from_le_bytes(*count) {
             thread::yield_now();

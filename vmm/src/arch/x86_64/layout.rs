@@ -61,6 +61,13 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 /// The port of the ACPI power registers (`devices::power::Power`).
 pub const POWER_PORT: u64 = 0x600;
 
+/// The port that calls are written to, as four bytes ([`crate::Calls`]). Few are below it: Linux copies the permissions for
+/// all of those when it switches to a program that may write there.
+pub const CALL_PORT: u16 = 0x620;
+
+/// How many ports there are for it.
+pub const CALL_PORTS: u64 = 4;
+
 /// The regions of `size` bytes of RAM as (address, length).
 pub fn memory_regions(size: u64) -> Vec<(u64, u64)> {
     let low = size.min(HOLE_START);
