@@ -8,9 +8,9 @@ use rustix::io::Errno;
 use super::{Cache, Locking, MAX_TRANSFER, Share};
 use crate::wire::{self, InitIn, InitOut, ROOT_ID, init};
 
-/// What is used wherever the guest's kernel has it.
+/// What is used wherever the guest's kernel has it. Not `ATOMIC_O_TRUNC`: a kernel that has a file emptied as it is opened looks only
+/// then whether it is a program that runs.
 const ALWAYS: u64 = init::ASYNC_READ
-    | init::ATOMIC_O_TRUNC
     | init::BIG_WRITES
     | init::DONT_MASK
     | init::DO_READDIRPLUS

@@ -3,6 +3,8 @@
 use std::fs;
 use std::process::{Command, Output};
 
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use share::{Cache, Options};
 
 use crate::mount::Mounted;
@@ -201,6 +203,33 @@ os.pwrite(fd, b'xy', 12288)
 assert m[12288:12290] == b'xy', 'written and mapped'
 m.flush()
 ";
+
+#[test]
+fn a_program_that_runs_is_not_cut_off() {
+    let Some(mounted) = Mounted::new(Options::default()) else {
+        return;
+    };
+    let program = mounted.at.join("program");
+    let sleep = in_guest(&mounted, "command -v sleep");
+    fs::copy(sleep.trim(), &program).unwrap();
+    let size = fs::metadata(&program).unwrap().len();
+    let mut running = Command::new(&program).arg("600").spawn().unwrap();
+    for flags in [
+        OFlags::TRUNC,
+        OFlags::WRONLY,
+        OFlags::WRONLY | OFlags::TRUNC,
+    ] {
+        let opened = rustix::fs::open(&program, flags, Mode::empty()).map(drop);
+        assert_eq!(opened, Err(Errno::TXTBSY), "{flags:?}");
+        assert_eq!(fs::metadata(&program).unwrap().len(), size, "{flags:?}");
+    }
+    assert!(running.try_wait().unwrap().is_none());
+    running.kill().unwrap();
+    running.wait().unwrap();
+    // And then it is, however it is opened.
+    rustix::fs::open(&program, OFlags::TRUNC, Mode::empty()).unwrap();
+    assert_eq!(fs::metadata(&program).unwrap().len(), 0);
+}
 
 #[test]
 fn mappings_of_a_file_are_one_with_each_other_and_reach_the_host() {
