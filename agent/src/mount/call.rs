@@ -18,6 +18,11 @@ const AREA: usize = CALL_PAGES * WINDOW_PAGE;
 /// How many ports a call's number takes.
 const PORTS: usize = size_of::<u32>();
 
+/// After so many calls in a row that the host did not answer, so many requests go over the stream before the next call: it may
+/// be a folder, or a time, of which it answers none.
+const REFUSALS: u32 = 8;
+const PAUSE: u32 = 32;
+
 /// How the host is called for one queue.
 #[derive(Debug, Clone, Copy)]
 pub struct Calls {
@@ -34,6 +39,9 @@ pub struct Caller {
     messages: Box<[u8]>,
     /// Has the host answer.
     call: Box<dyn Fn(&Pinned) + Send>,
+    /// How many calls in a row were not answered, and how many are not made now.
+    refused: u32,
+    paused: u32,
 }
 
 /// What has become of a call.
@@ -60,6 +68,8 @@ impl Caller {
             memory: Pinned::new(AREA)?,
             messages: vec![0; AREA - CALL_HEADER].into(),
             call: Box::new(call),
+            refused: 0,
+            paused: 0,
         })
     }
 
@@ -70,11 +80,29 @@ impl Caller {
 
     /// Asks the host for `request`, and tells it `rest` if it answers; None where it does not, and nothing was done.
     pub fn ask(&mut self, request: &[u8], rest: &[u8]) -> Option<Answer<'_>> {
+        if self.paused > 0 {
+            self.paused -= 1;
+            return None;
+        }
+        let Some((taken, answered)) = self.make(request, rest) else {
+            self.refused = self.refused.saturating_add(1);
+            if self.refused >= REFUSALS {
+                self.paused = PAUSE;
+            }
+            return None;
+        };
+        self.refused = 0;
+        let messages = Messages(self.messages.get(..answered)?);
+        Some(Answer { taken, messages })
+    }
+
+    /// Makes a call; how many bytes of `rest` were taken, and how many of messages answer.
+    fn make(&mut self, request: &[u8], rest: &[u8]) -> Option<(usize, usize)> {
         let asked = request.len() + rest.len();
         let (first, behind) = self.messages.get_mut(..asked)?.split_at_mut(request.len());
         first.copy_from_slice(request);
         behind.copy_from_slice(rest);
-        self.put(CALL_HEADER, asked);
+        self.put(asked);
         self.set(CALL_ASKED, asked as u64);
         self.set(CALL_DONE, 0);
         (self.call)(&self.memory);
@@ -84,29 +112,27 @@ impl Caller {
         if taken > rest.len() || answered > self.messages.len() {
             return None;
         }
-        self.take(CALL_HEADER, answered);
-        let messages = Messages(self.messages.get(..answered)?);
-        Some(Answer { taken, messages })
+        self.take(answered);
+        Some((taken, answered))
     }
 
-    /// Copies the first `length` bytes of the messages to there.
-    fn put(&self, at: usize, length: usize) {
-        debug_assert!(length <= self.messages.len() && at + length <= AREA);
-        let length = length.min(self.messages.len()).min(AREA - at);
-        // SAFETY: `length` bytes are in `messages`, and from `at` on in the mapping, which lives as long as `self` does and
-        // is no part of the former. Nobody has a reference to it; the host writes there in a call only.
+    /// Copies the first `length` bytes of the messages to the area.
+    fn put(&self, length: usize) {
+        let length = length.min(self.messages.len());
+        // SAFETY: `length` bytes are in `messages`, which is as long as what there is behind the header of the mapping. That
+        // lives as long as `self` does, and nobody has a reference to it; the host writes there in a call only.
         unsafe {
-            let to = self.memory.start().as_ptr().add(at);
+            let to = self.memory.start().as_ptr().add(CALL_HEADER);
             std::ptr::copy_nonoverlapping(self.messages.as_ptr(), to, length);
         }
     }
 
-    /// Copies from there to the first `length` bytes of the messages.
-    fn take(&mut self, at: usize, length: usize) {
-        let length = length.min(self.messages.len()).min(AREA - at);
+    /// Copies from the area to the first `length` bytes of the messages.
+    fn take(&mut self, length: usize) {
+        let length = length.min(self.messages.len());
         // SAFETY: as in `put`.
         unsafe {
-            let from = self.memory.start().as_ptr().add(at);
+            let from = self.memory.start().as_ptr().add(CALL_HEADER);
             std::ptr::copy_nonoverlapping(from, self.messages.as_mut_ptr(), length);
         }
     }
@@ -174,6 +200,9 @@ fn write(Calls { port, number }: Calls) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use super::*;
 
     const REQUEST: [u8; 5] = [5, 0, 0, 0, 1];
@@ -227,6 +256,33 @@ mod tests {
         let long = vec![1; AREA];
         assert!(caller.ask(&long, &[]).is_none());
         assert!(caller.ask(&REQUEST, &long).is_none());
+    }
+
+    #[test]
+    fn a_host_that_answers_none_is_called_now_and_then() {
+        let calls = Arc::new(AtomicU32::new(0));
+        let counted = Arc::clone(&calls);
+        let Some(mut caller) = caller(move |area| {
+            // Answers the twelfth and those after it.
+            if counted.fetch_add(1, Ordering::Relaxed) >= 11 {
+                set(area, CALL_DONE, 5);
+                set(area, CALL_ANSWERED, 0);
+            }
+        }) else {
+            return;
+        };
+        let mut ask = |count| {
+            (0..count)
+                .filter(|_| caller.ask(&REQUEST, &[]).is_some())
+                .count()
+        };
+        assert_eq!(ask(8 + 3 * 33), 0);
+        assert_eq!(calls.load(Ordering::Relaxed), 11);
+        assert_eq!(
+            ask(32 + 100),
+            100,
+            "it is asked as ever once it has answered"
+        );
     }
 
     #[test]
