@@ -1,12 +1,12 @@
 //! Calls: the guest asks something of this process, and has the answer when its processor goes on.
 //!
-//! A program of the guest writes the number of a call to [`CALL_PORT`], and leaves the guest by that. The callee runs on the
-//! vCPU's thread, and finds in the guest's memory what is asked; what it puts there is seen by the next instruction. No
-//! thread is woken for it, and no interrupt is sent.
+//! A program of the guest writes the number of a call to [`CALL_PORT`](crate::CALL_PORT), and leaves the guest by that. The
+//! callee runs on the vCPU's thread, and finds in the guest's memory what is asked; what it puts there is seen by the next
+//! instruction. No thread is woken for it, and no interrupt is sent.
 //!
 //! All that the guest has running on that vCPU stands still meanwhile. A callee is to do what takes no time; where it has
-//! waited all the same, for a slow disk, it is left alone for a while, the longer the more often it waits: no vCPU spends more
-//! than a twentieth of its time so.
+//! waited all the same, for a slow disk, it is left alone for a while, the longer the more often it waits: that takes no
+//! more than a twentieth of the vCPU's time.
 
 use std::collections::HashMap;
 use std::fmt;
