@@ -50,6 +50,11 @@ impl Guest {
     /// How long something takes it, in seconds; why it cannot be done.
     pub fn work(&mut self, work: &str) -> Result<f64, String> {
         self.tell(work);
+        self.done()
+    }
+
+    /// Waits until what it was told last is done: how long it took, or why it cannot be done.
+    fn done(&mut self) -> Result<f64, String> {
         loop {
             let line = self.line();
             if let Some(reason) = line.strip_prefix("! ") {
@@ -79,7 +84,7 @@ impl Place {
     pub fn new(tree: &Path) -> Self {
         let dir = tempfile::tempdir_in("/dev/shm").expect("a directory in memory can be made");
         let place = Self { dir };
-        for name in ["shared/events", "run", "state"] {
+        for name in ["shared", "run", "state"] {
             fs::create_dir_all(place.path(name)).expect("a directory can be made");
         }
         let private = fs::Permissions::from_mode(0o700);
@@ -209,19 +214,24 @@ fn built_kernel() -> PathBuf {
 }
 
 /// How long it takes from a file's appearance on the host to the event in the guest and its news on the host.
+///
+/// The files are in a directory of their own, which nobody has watched.
 pub fn event_delays(guest: &mut Guest, place: &Place, count: usize) -> Vec<Duration> {
-    guest.tell("events /share/events");
+    let dir = tempfile::tempdir_in(place.path("shared")).expect("a directory can be made");
+    let name = dir.path().file_name().unwrap_or_default();
+    guest.tell(&format!("events /share/{}", name.display()));
     guest.expect("listening");
     // The first ones have the guest's watch found.
     let mut delays = Vec::new();
     for number in 0..count {
         let name = format!("file{number}");
         let start = Instant::now();
-        fs::write(place.path("shared/events").join(&name), "x").expect("a file can be written");
+        fs::write(dir.path().join(&name), "x").expect("a file can be written");
         guest.expect(&format!("+ {name}"));
         delays.push(start.elapsed());
     }
-    fs::write(place.path("shared/events/stop"), "").expect("a file can be written");
+    fs::write(dir.path().join("stop"), "").expect("a file can be written");
     guest.expect("+ stop");
+    guest.done().expect("the watch ends");
     delays
 }
