@@ -229,7 +229,7 @@ impl Share {
             (true, Some(parent)) => parent,
             _ => &real,
         };
-        let watcher = open_watcher(options.cache, dir);
+        let watcher = open_watcher(&options, dir);
         let is_unseen = !options.read_only && (is_file || watcher.is_none());
         let unseen = is_unseen.then(|| Unseen::new(dir));
         Ok(Self {
@@ -441,11 +441,11 @@ impl Share {
     }
 }
 
-fn open_watcher(cache: Cache, root: &Path) -> Option<Watcher> {
-    if cache != Cache::Auto {
+fn open_watcher(options: &Options, root: &Path) -> Option<Watcher> {
+    if options.cache != Cache::Auto {
         return None;
     }
-    let opened = Watcher::open(root).inspect_err(|errno| {
+    let opened = Watcher::open(root, !options.read_only).inspect_err(|errno| {
         tracing::warn!(
             "the shared directory cannot be watched for changes, as this host has no fanotify for us \
              ({errno}): the guest sees them after a second"

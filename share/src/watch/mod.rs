@@ -49,10 +49,12 @@ pub(crate) enum Watch {
 #[derive(Debug)]
 pub(crate) struct Watcher {
     root: PathBuf,
+    /// The guest may change what is shared.
+    is_writable: bool,
     group: Group,
     dirs: RwLock<HashMap<FileId, u64>>,
-    /// Some directories cannot be watched.
-    unseen: OnceLock<Unseen>,
+    /// Some directories cannot be watched, and the guest may change them.
+    unseen: OnceLock<Option<Unseen>>,
     /// Whoever is to tell a guest what to believe for good holds this from before it looks at the
     /// host until it has told; whoever is to tell it otherwise waits until all those have.
     telling: RwLock<()>,
@@ -68,13 +70,15 @@ pub(crate) struct Watcher {
 }
 
 impl Watcher {
-    /// One for a share of `root`, which is absolute and has no symbolic links in it.
+    /// One for a share of `root`, which is absolute and has no symbolic links in it, and which the guest may
+    /// change if it `is_writable`.
     ///
     /// # Errors
     /// Where the host has no fanotify for us.
-    pub fn open(root: &Path) -> Result<Self, Errno> {
+    pub fn open(root: &Path, is_writable: bool) -> Result<Self, Errno> {
         Ok(Self {
             root: root.to_owned(),
+            is_writable,
             group: Group::open()?,
             dirs: RwLock::default(),
             unseen: OnceLock::new(),
@@ -165,7 +169,8 @@ impl Watcher {
     }
 
     fn say(&self, errno: Errno) {
-        if self.unseen.set(Unseen::new(&self.root)).is_err() {
+        let unseen = self.is_writable.then(|| Unseen::new(&self.root));
+        if self.unseen.set(unseen).is_err() {
             return;
         }
         match errno {
@@ -239,7 +244,7 @@ mod tests {
     #[test]
     fn who_must_not_wait_does_not_wait_for_who_takes_back() {
         let dir = tempfile::tempdir().unwrap();
-        let Ok(watcher) = Watcher::open(dir.path()) else {
+        let Ok(watcher) = Watcher::open(dir.path(), true) else {
             return eprintln!("skipped: this host has no fanotify for us");
         };
         {

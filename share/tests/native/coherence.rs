@@ -152,6 +152,53 @@ fn what_is_changed_where_nobody_watches_is_seen_in_another_share_of_the_same_pro
 }
 
 #[test]
+fn what_a_guest_writes_is_not_asked_for_because_of_a_share_that_can_change_nothing() {
+    let source = tempfile::tempdir().unwrap();
+    for name in ["dir", "unwatched"] {
+        fs::create_dir(source.path().join(name)).unwrap();
+    }
+    let read_only = Options {
+        read_only: true,
+        ..Options::default()
+    };
+    let elsewhere = tempfile::tempdir().unwrap();
+    let at = [(); 2].map(|()| tempfile::tempdir().unwrap());
+    let path = |name: &str| source.path().join(name);
+    // No directory of FUSE can be watched.
+    let (Some(_below), Some(all), Some(dir)) = (
+        Mounted::of(
+            elsewhere.path(),
+            &path("unwatched"),
+            Options::default(),
+            None,
+        ),
+        Mounted::of(source.path(), at[0].path(), read_only, None),
+        Mounted::of(&path("dir"), at[1].path(), Options::default(), None),
+    ) else {
+        return;
+    };
+    assert_eq!(fs::read_dir(all.at.join("unwatched")).unwrap().count(), 0);
+    let name = dir.at.join("file");
+    fs::write(&name, "one").unwrap();
+    let file = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&name)
+        .unwrap();
+    let mut data = [0; 3];
+    // The kernel has all of the page only once it has read it.
+    file.read_exact_at(&mut data, 0).unwrap();
+    file.write_all_at(b"two", 0).unwrap();
+    file.sync_all().unwrap();
+    // What was to be told of the file was told before what happened after it.
+    dir.on_host("echo > later");
+    dir.until("a later change", || dir.at.join("later").exists());
+    let before = dir.requests();
+    file.read_exact_at(&mut data, 0).unwrap();
+    assert_eq!((&data, dir.requests()), (b"two", before));
+}
+
+#[test]
 fn what_nobody_changes_is_not_asked_for_again() {
     let Some(mounted) = Mounted::new(Options::default()) else {
         return;
