@@ -25,6 +25,24 @@ const INFO_DFID_NAME: u8 = 2;
 const INFO_OLD_DFID_NAME: u8 = 10;
 const INFO_NEW_DFID_NAME: u8 = 12;
 
+/// Filesystems whose files are changed by others than this kernel, which then has nothing to tell: their numbers in
+/// linux/magic.h, or their own sources.
+const ELSEWHERE: [u64; 13] = [
+    0x6969,      // NFS
+    0xff53_4d42, // CIFS
+    0xfe53_4d42, // SMB 2 and later
+    0x6573_5546, // FUSE, virtiofs too
+    0x0102_1997, // 9p
+    0x00c3_6400, // Ceph
+    0x5346_414f, // AFS
+    0x7375_7245, // Coda
+    0x2003_0528, // OrangeFS
+    0x0bd0_0bd0, // Lustre
+    0x786f_4256, // VirtualBox's shared folders
+    0x0116_1970, // GFS2
+    0x7461_636f, // OCFS2
+];
+
 /// The largest file handle that filesystems use, bytes.
 const MAX_HANDLE: usize = 128;
 
@@ -135,8 +153,12 @@ impl Group {
     /// Wants to hear of what happens in a directory.
     ///
     /// # Errors
-    /// `ENOSPC` where the host allows no more; others where the filesystem cannot tell.
+    /// `ENOSPC` where the host allows no more; others where the filesystem cannot tell, or not of everything.
     pub fn mark(&self, dir: BorrowedFd<'_>) -> Result<FileId, Errno> {
+        let found = rustix::fs::fstatfs(dir)?;
+        if ELSEWHERE.contains(&found.f_type.cast_unsigned()) {
+            return Err(Errno::OPNOTSUPP);
+        }
         let id = file_id(dir)?;
         self.change(
             libc::FAN_MARK_ADD | libc::FAN_MARK_ONLYDIR,

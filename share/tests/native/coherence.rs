@@ -164,7 +164,7 @@ fn what_a_guest_writes_is_not_asked_for_because_of_a_share_that_can_change_nothi
     let elsewhere = tempfile::tempdir().unwrap();
     let at = [(); 2].map(|()| tempfile::tempdir().unwrap());
     let path = |name: &str| source.path().join(name);
-    // No directory of FUSE can be watched.
+    // No directory of FUSE is watched.
     let (Some(_below), Some(all), Some(dir)) = (
         Mounted::of(
             elsewhere.path(),
@@ -196,6 +196,23 @@ fn what_a_guest_writes_is_not_asked_for_because_of_a_share_that_can_change_nothi
     let before = dir.requests();
     file.read_exact_at(&mut data, 0).unwrap();
     assert_eq!((&data, dir.requests()), (b"two", before));
+}
+
+#[test]
+fn what_others_than_this_kernel_change_is_seen_after_a_while() {
+    // To the inner share, the outer one is a filesystem whose server does as it likes.
+    let Some(outer) = Mounted::new(Options::default()) else {
+        return;
+    };
+    outer.on_host("mkdir dir; echo one > dir/file");
+    let at = tempfile::tempdir().unwrap();
+    let shared = outer.at.join("dir");
+    let inner = Mounted::of(&shared, at.path(), Options::default(), None).unwrap();
+    let seen = || content(&inner.at.join("file"));
+    assert_eq!(seen(), "one\n");
+    outer.on_host("echo two > dir/file; echo > dir/new");
+    inner.until("data", || seen() == "two\n");
+    inner.until("a new file", || inner.at.join("new").exists());
 }
 
 #[test]
