@@ -65,14 +65,14 @@ pub(crate) struct Inode {
     pub privileged: AtomicBool,
     /// What it is to the guest, where the host cannot remember it.
     pub remembered: Mutex<Option<Override>>,
-    /// Of a directory: whether it is watched.
+    /// Of a directory, and of a file that is shared by itself: whether it is watched.
     pub watch: Mutex<Watch>,
     /// Where in the view it was found; that of the root, which shows least, where there is none.
     scope: AtomicU32,
 }
 
 impl Inode {
-    /// Whether it is a directory that is watched.
+    /// Whether it is watched itself, as directories are, and a file that is shared by itself.
     pub fn is_watched(&self) -> bool {
         matches!(*lock(&self.watch), Watch::As(_))
     }

@@ -85,7 +85,10 @@ impl Share {
             Cache::Auto if inode.kind == FileType::Directory => Ok(inode.is_watched()),
             Cache::Auto => {
                 let watched = self.is_watched_above(inode);
-                Ok(watched && self.is_told_of(inode, &Stat::fd(file.as_fd())?, watched))
+                match watched || inode.is_watched() {
+                    true => Ok(self.is_told_of(inode, &Stat::fd(file.as_fd())?, watched)),
+                    false => Ok(false),
+                }
             }
         }
     }

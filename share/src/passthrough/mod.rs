@@ -37,7 +37,7 @@ use crate::inode::{Held, Inode, Inodes};
 use crate::lock::Locks;
 use crate::owner::{Ids, Override, Owner, Owners, SUID_SGID};
 use crate::view::{Filter, Scope};
-use crate::watch::{Replay, Unseen, Watcher};
+use crate::watch::{Replay, Single, Unseen, Watcher};
 use crate::wire::{Attr, EntryOut, ROOT_ID};
 
 /// The largest piece of a file that one request reads or writes, bytes.
@@ -188,6 +188,8 @@ pub struct Share {
     watcher: Option<Watcher>,
     /// Where the guest may change what is not watched.
     _unseen: Option<Unseen>,
+    /// The guest may change a file that is shared by itself.
+    _single: Option<Single>,
     /// What an agent in the guest is doing again of what the host has done.
     replay: Mutex<Option<Replay>>,
     /// Whose requests those are; zero where there is none.
@@ -222,27 +224,28 @@ impl Share {
         let limits = options.limits;
         let near = Near::default();
         near.learn(stat.key.dev, root.as_fd());
-        // What is changed in a single file concerns those that watch its directory.
         let is_file = stat.kind() == FileType::RegularFile;
         let real = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-        let dir = match (is_file, real.parent()) {
-            (true, Some(parent)) => parent,
-            _ => &real,
+        let inodes = Inodes::new(root, &stat, limits.inodes, limits.descriptors);
+        let watcher = match is_file {
+            true => watch_file(&options, &real, &inodes),
+            false => open_watcher(&options, &real),
         };
-        let watcher = open_watcher(&options, dir);
-        let is_unseen = !options.read_only && (is_file || watcher.is_none());
-        let unseen = is_unseen.then(|| Unseen::new(dir));
+        let is_unseen = !options.read_only && !is_file && watcher.is_none();
+        let unseen = is_unseen.then(|| Unseen::new(&real));
+        let single = (!options.read_only && is_file).then(|| Single::new(stat.key));
         Ok(Self {
             owners: Owners::new(options.owner),
             filter: None,
             fds,
-            inodes: Inodes::new(root, &stat, limits.inodes, limits.descriptors),
+            inodes,
             handles: Handles::new(limits.handles),
             locks: Locks::new(limits.handles),
             parked: Mutex::default(),
             near,
             watcher,
             _unseen: unseen,
+            _single: single,
             replay: Mutex::default(),
             replayer: AtomicU32::new(0),
             changes: AtomicU64::new(0),
@@ -315,8 +318,8 @@ impl Share {
         match inode.kind {
             // Its entries count too.
             FileType::Directory => inode.is_watched(),
-            // Under its other names it may be changed unseen.
-            _ => watched && stat.nlink <= 1,
+            // Under its other names it may be changed unseen, unless it is itself what is watched.
+            _ => (watched && stat.nlink <= 1) || inode.is_watched(),
         }
     }
 
@@ -439,6 +442,22 @@ impl Share {
         }
         Ok(inode)
     }
+}
+
+/// Watches a file that is shared by itself, if possible.
+fn watch_file(options: &Options, path: &Path, inodes: &Inodes) -> Option<Watcher> {
+    if options.cache != Cache::Auto {
+        return None;
+    }
+    let file = inodes.get(ROOT_ID).ok()?;
+    let held = file.held()?;
+    let opened = Watcher::open_file(path, !options.read_only, &file, &held).inspect_err(|errno| {
+        tracing::warn!(
+            "{} cannot be watched for changes ({errno}): the guest sees them after a second",
+            path.display()
+        );
+    });
+    opened.ok()
 }
 
 fn open_watcher(options: &Options, root: &Path) -> Option<Watcher> {

@@ -14,10 +14,11 @@ use super::event::{Change, HostEvent, Kind};
 use super::fanotify::{Entry, Raised};
 use super::{Watcher, overlap};
 use crate::channel::Channel;
+use crate::host::Key;
 use crate::inode::{Inode, lock};
 use crate::message::notification;
 use crate::passthrough::Share;
-use crate::wire::{NotifyCode, NotifyInvalEntryOut, NotifyInvalInodeOut, init};
+use crate::wire::{NotifyCode, NotifyInvalEntryOut, NotifyInvalInodeOut, ROOT_ID, init};
 
 /// How much is read of the kernel's queue at a time, bytes.
 const BUFFER: usize = 64 << 10;
@@ -90,12 +91,18 @@ struct Known<'a> {
 impl Notifier<'_> {
     /// Whether the guest may not know of it.
     fn is_news(&self, watcher: &Watcher, event: &Raised) -> bool {
+        if let Some(file) = watcher.file {
+            return !event.own || is_by_others(watcher, file, event);
+        }
         let by_others = |entry: &Entry| {
             let path = || {
                 let path = self.share.path(watcher.dir(&entry.dir)?)?;
                 Some(watcher.root().join(path))
             };
-            overlap::is_watched_by_several(&entry.dir) || overlap::is_changed_unseen(path)
+            let stat = || self.share.stat(watcher.dir(&entry.dir)?, &entry.name);
+            overlap::is_watched_by_several(&entry.dir)
+                || overlap::is_changed_unseen(path)
+                || overlap::is_changed_by_itself(stat)
         };
         let entries = [&event.entry, &event.to].into_iter().flatten();
         !event.own || entries.into_iter().any(by_others)
@@ -157,6 +164,9 @@ impl Notifier<'_> {
     ) -> io::Result<()> {
         if event.mask & libc::FAN_Q_OVERFLOW != 0 {
             return self.overflow(events);
+        }
+        if watcher.file.is_some() {
+            return self.file_changed(event.mask, events);
         }
         fn known<'a>(watcher: &Watcher, entry: Option<&'a Entry>) -> Option<Known<'a>> {
             let entry = entry?;
@@ -226,16 +236,21 @@ impl Notifier<'_> {
         {
             self.forget_inode(&inode, mask & libc::FAN_MODIFY != 0)?;
         }
-        let others = [
-            (libc::FAN_MODIFY, Change::Modified),
-            (libc::FAN_CLOSE_WRITE, Change::CloseWrite),
-            (libc::FAN_ATTRIB, Change::Attrib),
-        ];
-        for (bit, change) in others {
-            if mask & bit != 0 {
-                events.push(self.event(known, change));
-            }
+        events.extend(changes_in(mask).map(|change| self.event(known, change)));
+        Ok(())
+    }
+
+    /// The file that is shared by itself was changed, under whatever name.
+    fn file_changed(&self, mask: u64, events: &mut Vec<HostEvent>) -> io::Result<()> {
+        match mask & libc::FAN_MODIFY {
+            0 => self.forget_attributes(ROOT_ID)?,
+            _ => self.forget_attributes_and_data(ROOT_ID)?,
         }
+        let itself = Known {
+            dir: ROOT_ID,
+            name: c"",
+        };
+        events.extend(changes_in(mask).map(|change| self.event(&itself, change)));
         Ok(())
     }
 
@@ -309,7 +324,7 @@ impl Notifier<'_> {
             self.forget_inode(&inode, true)?;
         }
         events.push(HostEvent {
-            dir: crate::wire::ROOT_ID,
+            dir: ROOT_ID,
             path: OsString::new(),
             name: CString::default(),
             change: Change::Overflow,
@@ -376,4 +391,26 @@ impl Notifier<'_> {
             outcome => outcome,
         }
     }
+}
+
+/// Whether what this process has done to a file that is shared by itself may be the doing of another share.
+fn is_by_others(watcher: &Watcher, file: Key, event: &Raised) -> bool {
+    let own = usize::from(watcher.is_writable);
+    overlap::changers_of(file) > own
+        || event
+            .entry
+            .as_ref()
+            .is_some_and(|entry| overlap::is_watched(&entry.dir))
+        || overlap::is_changed_unseen(|| Some(watcher.root().to_owned()))
+}
+
+/// What was done to a file that stays where it is, in the order in which it happens most often.
+fn changes_in(mask: u64) -> impl Iterator<Item = Change> {
+    let changes = [
+        (libc::FAN_MODIFY, Change::Modified),
+        (libc::FAN_CLOSE_WRITE, Change::CloseWrite),
+        (libc::FAN_ATTRIB, Change::Attrib),
+    ];
+    let done = move |(bit, change): (u64, Change)| (mask & bit != 0).then_some(change);
+    changes.into_iter().filter_map(done)
 }

@@ -4,14 +4,14 @@ use std::ffi::{CString, OsString};
 
 use rustix::fs::FileType;
 
-/// A change of the host's in a directory that the guest knows.
+/// A change of the host's in a directory that the guest knows, or of the file that is shared by itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HostEvent {
-    /// The directory's inode number in the guest's requests.
+    /// The directory's inode number in the guest's requests; that of the root for a file that is shared by itself.
     pub dir: u64,
     /// The directory's path from the root of the share on, as the guest knows it; empty for the root.
     pub path: OsString,
-    /// The entry it happened to; empty for the directory itself.
+    /// The entry it happened to; empty for the directory, or the file that is shared, itself.
     pub name: CString,
     /// What happened.
     pub change: Change,

@@ -1,5 +1,5 @@
-//! fanotify(7), as far as it goes without privileges: marks on directories, events that name the
-//! directory by its file handle and the entry by its name, and tell whether this process itself was
+//! fanotify(7), as far as it goes without privileges: marks on directories, or on one file, and events that
+//! name a directory by its file handle and the entry by its name, and tell whether this process itself was
 //! the cause.
 
 use std::ffi::{CStr, CString};
@@ -19,6 +19,10 @@ const MASK: u64 = libc::FAN_CREATE
     | libc::FAN_ONDIR
     | libc::FAN_EVENT_ON_CHILD;
 const MOVES: u64 = libc::FAN_MOVED_FROM | libc::FAN_MOVED_TO;
+
+/// What is asked for of a file by itself, whatever the name that is used: the number of those counts as an attribute.
+const FILE_MASK: u64 =
+    libc::FAN_MODIFY | libc::FAN_CLOSE_WRITE | libc::FAN_ATTRIB | libc::FAN_MOVE_SELF;
 
 /// `FAN_EVENT_INFO_TYPE_*`: a directory and a name; of a rename, the old and the new ones.
 const INFO_DFID_NAME: u8 = 2;
@@ -46,7 +50,7 @@ const ELSEWHERE: [u64; 13] = [
 /// The largest file handle that filesystems use, bytes.
 const MAX_HANDLE: usize = 128;
 
-/// What identifies a directory in events: its filesystem and its file handle, as the kernel writes
+/// What identifies a directory or a file in events: its filesystem and its file handle, as the kernel writes
 /// them.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) struct FileId(Box<[u8]>);
@@ -104,6 +108,8 @@ struct FileHandle {
 pub(crate) struct Group {
     fd: OwnedFd,
     mask: u64,
+    /// `FAN_MARK_*`: what may be marked.
+    only: u32,
 }
 
 impl AsFd for Group {
@@ -113,28 +119,42 @@ impl AsFd for Group {
 }
 
 impl Group {
+    /// One for directories.
+    ///
     /// # Errors
     /// Where the host's kernel is older than 5.13 or does not let us.
-    pub fn open() -> Result<Self, Errno> {
+    pub fn for_directories() -> Result<Self, Errno> {
+        let mask = MASK | libc::FAN_RENAME;
+        let mut group = Self::open(0, mask, libc::FAN_MARK_ONLYDIR)?;
+        // What is asked for is looked at first, then the path, of which there is none.
+        if group.change(libc::FAN_MARK_ADD, c"") == Err(Errno::INVAL) {
+            group.mask = MASK | MOVES;
+        }
+        Ok(group)
+    }
+
+    /// One for a file by itself.
+    ///
+    /// # Errors
+    /// As for directories.
+    pub fn for_file() -> Result<Self, Errno> {
+        // Without its own name in events, those would be left out that no directory has to do with.
+        Self::open(libc::FAN_REPORT_FID, FILE_MASK, 0)
+    }
+
+    fn open(report: u32, mask: u64, only: u32) -> Result<Self, Errno> {
         let flags = libc::FAN_CLASS_NOTIF
             | libc::FAN_CLOEXEC
             | libc::FAN_NONBLOCK
-            | libc::FAN_REPORT_DFID_NAME;
+            | libc::FAN_REPORT_DFID_NAME
+            | report;
         // SAFETY: no pointers are passed; a descriptor that is returned is nobody else's.
         let fd = unsafe {
             let fd = libc::fanotify_init(flags, libc::O_RDONLY as u32);
             check(fd)?;
             OwnedFd::from_raw_fd(fd)
         };
-        let mut group = Self {
-            fd,
-            mask: MASK | libc::FAN_RENAME,
-        };
-        // What is asked for is looked at first, then the path, of which there is none.
-        if group.change(libc::FAN_MARK_ADD, c"") == Err(Errno::INVAL) {
-            group.mask = MASK | MOVES;
-        }
-        Ok(group)
+        Ok(Self { fd, mask, only })
     }
 
     fn change(&self, flags: u32, path: &CStr) -> Result<(), Errno> {
@@ -150,19 +170,19 @@ impl Group {
         })
     }
 
-    /// Wants to hear of what happens in a directory.
+    /// Wants to hear of what happens in a directory, or to a file.
     ///
     /// # Errors
     /// `ENOSPC` where the host allows no more; others where the filesystem cannot tell, or not of everything.
-    pub fn mark(&self, dir: BorrowedFd<'_>) -> Result<FileId, Errno> {
-        let found = rustix::fs::fstatfs(dir)?;
+    pub fn mark(&self, file: BorrowedFd<'_>) -> Result<FileId, Errno> {
+        let found = rustix::fs::fstatfs(file)?;
         if ELSEWHERE.contains(&found.f_type.cast_unsigned()) {
             return Err(Errno::OPNOTSUPP);
         }
-        let id = file_id(dir)?;
+        let id = file_id(file)?;
         self.change(
-            libc::FAN_MARK_ADD | libc::FAN_MARK_ONLYDIR,
-            ProcPath::of(&dir).as_c_str(),
+            libc::FAN_MARK_ADD | self.only,
+            ProcPath::of(&file).as_c_str(),
         )?;
         Ok(id)
     }
@@ -201,7 +221,7 @@ fn check(outcome: libc::c_int) -> Result<(), Errno> {
     }
 }
 
-fn file_id(dir: BorrowedFd<'_>) -> Result<FileId, Errno> {
+fn file_id(file: BorrowedFd<'_>) -> Result<FileId, Errno> {
     let mut handle = FileHandle {
         bytes: MAX_HANDLE as u32,
         kind: 0,
@@ -211,14 +231,14 @@ fn file_id(dir: BorrowedFd<'_>) -> Result<FileId, Errno> {
     // SAFETY: the handle has as much room as it says, and both it and the number outlive the call.
     check(unsafe {
         libc::name_to_handle_at(
-            dir.as_raw_fd(),
+            file.as_raw_fd(),
             c"".as_ptr(),
             (&raw mut handle).cast(),
             &raw mut mount,
             libc::AT_EMPTY_PATH,
         )
     })?;
-    let found = rustix::fs::fstatvfs(dir)?;
+    let found = rustix::fs::fstatvfs(file)?;
     let length = usize::try_from(handle.bytes).map_err(|_| Errno::OVERFLOW)?;
     let bytes = handle.handle.get(..length).ok_or(Errno::OVERFLOW)?;
     let mut id = Vec::with_capacity(16 + length);

@@ -3,7 +3,8 @@
 //! Each directory that the guest knows is watched: at once when it looks into it, for what it is told then has to
 //! hold, and else a moment later, for its programs may wait for what happens there. As long as the guest knows it
 //! and the host has room for one more watch. What this process itself does for the guest is told
-//! apart by the kernel, so a guest never hears of its own changes.
+//! apart by the kernel, so a guest never hears of its own changes. A file that is shared by itself is watched from
+//! the beginning, under whatever name it is changed.
 
 mod coherence;
 mod event;
@@ -25,15 +26,16 @@ pub use coherence::watch;
 pub use event::{Change, HostEvent, Kind};
 pub(crate) use fanotify::FileId;
 use fanotify::Group;
-pub(crate) use overlap::Unseen;
+pub(crate) use overlap::{Single, Unseen};
 pub(crate) use replay::{Before, Replay, answer};
 
+use crate::host::Key;
 use crate::inode::{Held, Inode, lock};
 
 /// How many directories may wait to be watched. Others are watched once the guest looks into them.
 const MAX_WANTED: usize = 1 << 16;
 
-/// Whether a directory is watched.
+/// Whether a directory, or a file that is shared by itself, is watched.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(crate) enum Watch {
     /// Nobody has looked into it.
@@ -45,10 +47,12 @@ pub(crate) enum Watch {
     Never,
 }
 
-/// The directories that are watched.
+/// The directories, or the one file, that are watched.
 #[derive(Debug)]
 pub(crate) struct Watcher {
     root: PathBuf,
+    /// What is shared, where that is a file by itself.
+    file: Option<Key>,
     /// The guest may change what is shared.
     is_writable: bool,
     group: Group,
@@ -76,10 +80,31 @@ impl Watcher {
     /// # Errors
     /// Where the host has no fanotify for us.
     pub fn open(root: &Path, is_writable: bool) -> Result<Self, Errno> {
+        Self::with(Group::for_directories()?, root, is_writable)
+    }
+
+    /// One for a share of the file `root` by itself, which is watched already: `file`, as `held` has it.
+    ///
+    /// # Errors
+    /// Where the host has no fanotify for us, or the file cannot be watched.
+    pub fn open_file(
+        root: &Path,
+        is_writable: bool,
+        file: &Inode,
+        held: &Held,
+    ) -> Result<Self, Errno> {
+        let mut watcher = Self::with(Group::for_file()?, root, is_writable)?;
+        watcher.file = Some(file.key);
+        *lock(&file.watch) = Watch::As(watcher.group.mark(held.as_fd())?);
+        Ok(watcher)
+    }
+
+    fn with(group: Group, root: &Path, is_writable: bool) -> Result<Self, Errno> {
         Ok(Self {
             root: root.to_owned(),
+            file: None,
             is_writable,
-            group: Group::open()?,
+            group,
             dirs: RwLock::default(),
             unseen: OnceLock::new(),
             telling: RwLock::new(()),

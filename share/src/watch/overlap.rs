@@ -1,4 +1,4 @@
-//! Directories that several shares of this process use.
+//! Directories and files that several shares of this process use.
 //!
 //! The kernel tells which process was the cause of an event, and no more where there are no privileges.
 //! Where folders of one machine overlap, what one of them does for the guest is news to the other.
@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use super::FileId;
+use crate::host::{Key, Stat};
 use crate::inode::lock;
 
 /// How many shares watch a directory.
@@ -15,6 +16,9 @@ static WATCHED: Mutex<BTreeMap<FileId, usize>> = Mutex::new(BTreeMap::new());
 
 /// Where shares change what they do not watch.
 static UNSEEN: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// Files that are shared by themselves, and may be changed that way.
+static SINGLE: Mutex<Vec<Key>> = Mutex::new(Vec::new());
 
 /// A share that may change what it does not watch: while this exists, everything below its directory may be
 /// its doing.
@@ -38,7 +42,43 @@ impl Drop for Unseen {
     }
 }
 
-/// Whether an event in the directory at `path` may be the doing of a share that does not watch it.
+/// A share of a single file, which it may change: while this exists, whatever happens to the file may be its doing.
+#[derive(Debug)]
+pub(crate) struct Single(Key);
+
+impl Single {
+    /// That of a share of `file`.
+    pub fn new(file: Key) -> Self {
+        lock(&SINGLE).push(file);
+        Self(file)
+    }
+}
+
+impl Drop for Single {
+    fn drop(&mut self) {
+        let mut single = lock(&SINGLE);
+        if let Some(at) = single.iter().position(|file| *file == self.0) {
+            single.swap_remove(at);
+        }
+    }
+}
+
+/// Whether what happens to a file may be the doing of a share of it alone; it is looked at only where there are such.
+pub(super) fn is_changed_by_itself(file: impl FnOnce() -> Option<Stat>) -> bool {
+    if lock(&SINGLE).is_empty() {
+        return false;
+    }
+    // The file is looked at with no lock held.
+    file().is_some_and(|stat| changers_of(stat.key) > 0)
+}
+
+/// How many shares may change a file that is shared by itself.
+pub(super) fn changers_of(file: Key) -> usize {
+    let single = lock(&SINGLE);
+    single.iter().filter(|single| **single == file).count()
+}
+
+/// Whether an event at `path` may be the doing of a share that does not watch it.
 pub(super) fn is_changed_unseen(path: impl FnOnce() -> Option<PathBuf>) -> bool {
     let unseen = lock(&UNSEEN);
     !unseen.is_empty()
@@ -59,6 +99,11 @@ pub(super) fn leave(dir: &FileId) {
             watched.remove(dir);
         }
     }
+}
+
+/// Whether any share watches a directory.
+pub(super) fn is_watched(dir: &FileId) -> bool {
+    lock(&WATCHED).contains_key(dir)
 }
 
 /// Whether an event in a directory may be the doing of another share that watches it too.

@@ -12,6 +12,7 @@ mod owner;
 mod pjdfstest;
 mod programs;
 mod replay;
+mod single;
 mod view;
 
 use std::path::PathBuf;

@@ -7,6 +7,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
@@ -59,8 +60,13 @@ impl Watching {
 
 /// Does on the mount at `root` what the host has done; what fails has been undone since.
 fn act(root: &Path, event: &HostEvent) {
-    let path =
-        |dir: &OsStr, name: &CString| root.join(dir).join(OsStr::from_bytes(name.to_bytes()));
+    let path = |dir: &OsStr, name: &CString| {
+        let steps = [dir, OsStr::from_bytes(name.to_bytes())].into_iter();
+        // An empty step would be a slash at the end of what may be a file.
+        steps
+            .filter(|step| !step.is_empty())
+            .fold(root.to_owned(), |path, step| path.join(step))
+    };
     let here = path(&event.path, &event.name);
     let times = |access, modification| {
         let time = |tv_nsec| Timespec { tv_sec: 0, tv_nsec };
@@ -169,6 +175,39 @@ fn programs_that_watch_hear_what_the_host_does_and_the_host_is_left_alone() {
         fs::read_to_string(mounted.source.join("a/guests")).unwrap(),
         "data"
     );
+}
+
+#[test]
+fn programs_hear_what_the_host_does_with_a_file_that_is_shared_by_itself() {
+    let source = tempfile::NamedTempFile::new().unwrap();
+    fs::write(source.path(), "old\n").unwrap();
+    let at = tempfile::NamedTempFile::new().unwrap();
+    let mounted = Mounted::of(source.path(), at.path(), Options::default(), None);
+    let Some(mounted) = mounted else {
+        return;
+    };
+    let watching = Watching::of(&[mounted.at.clone()]);
+    let expect = |commands: &str, heard: &[&str]| {
+        let mut shell = Command::new("sh");
+        shell.args(["-ec", commands, "sh"]).arg(source.path());
+        assert!(shell.status().unwrap().success(), "{commands}");
+        let before = (
+            fs::read(source.path()).unwrap(),
+            fs::metadata(source.path()).unwrap().modified().unwrap(),
+        );
+        replay(&mounted);
+        assert_eq!(watching.heard(), heard, "{commands}");
+        let after = (
+            fs::read(source.path()).unwrap(),
+            fs::metadata(source.path()).unwrap().modified().unwrap(),
+        );
+        assert_eq!(after, before, "{commands}");
+        assert_eq!(fs::read(&mounted.at).unwrap(), before.0, "{commands}");
+    };
+    expect("echo new > $1", &["MODIFY ", "CLOSE_WRITE "]);
+    expect("chmod 600 $1", &["ATTRIB "]);
+    expect("echo more >> $1", &["MODIFY ", "CLOSE_WRITE "]);
+    assert!(mounted.is_quiet());
 }
 
 #[test]

@@ -247,6 +247,35 @@ fn changes_on_the_host_are_seen_and_heard_in_the_guest() {
 }
 
 #[test]
+fn changes_of_a_single_file_are_seen_and_heard_in_the_guest() {
+    let dir = set_up();
+    let machines = Machines::new();
+    let machine = machines.idle(Guest::new().option("-v", volume(&dir, "src/file:/etc/single")));
+    machine.plant_peer();
+    machine.exec("cat /etc/single").expect_stdout("host\n");
+    let watching = machine.start(&["/tmp/peer", "inotify", "/etc/single"]);
+    watching.expect_stdout("listening\n");
+
+    on_host(&dir, "echo other > file");
+    watching.expect_stdout("MODIFY /etc/single\n");
+    watching.expect_stdout("CLOSE_WRITE /etc/single\n");
+    machine.exec("cat /etc/single").expect_stdout("other\n");
+    on_host(&dir, "chmod 604 file");
+    watching.expect_stdout("ATTRIB /etc/single\n");
+    machine
+        .exec("stat -c %a /etc/single")
+        .expect_stdout("604\n");
+    // The guest goes on with the one that it has.
+    on_host(&dir, "echo new > new; mv new file");
+    watching.expect_stdout("ATTRIB /etc/single\n");
+    machine
+        .exec("cat /etc/single; stat -c %h /etc/single; echo guest >> /etc/single; cat /etc/single")
+        .expect_stdout("other\n0\nother\nguest\n");
+    assert_eq!(read(&dir, "src/file"), "new\n");
+    watching.signal(Signal::TERM);
+}
+
+#[test]
 fn a_shell_opens_where_the_guest_has_the_callers_directory() {
     let dir = set_up();
     on_host(&dir, "mkdir -p a/b");

@@ -208,6 +208,36 @@ fn a_watched_file_is_heard_of_in_a_directory_that_nobody_watches() {
 }
 
 #[test]
+fn a_file_that_is_shared_by_itself_is_heard_of() {
+    for read_only in [false, true] {
+        let (source, place) = (Place::new(), Place::new());
+        shell(source.path(), "echo old > file");
+        let at = place.path().join("file");
+        let asked = Asked {
+            read_only,
+            mode: 0o100_644,
+            ..Asked::at(&at)
+        };
+        let file = source.path().join("file");
+        let Some(folder) = Folder::mount(&file, &asked, Options::default()) else {
+            return;
+        };
+        let watching = Watching::of(&[&at]);
+        let expect = |commands: &str, heard: &[&str]| {
+            shell(source.path(), commands);
+            folder.replay();
+            assert_eq!(watching.heard(), heard, "{commands}");
+        };
+        expect("echo new > file", &["MODIFY", "CLOSE_WRITE"]);
+        assert_eq!(fs::read_to_string(&at).unwrap(), "new\n");
+        expect("chmod 600 file", &["ATTRIB"]);
+        expect("echo other > new; mv new file", &["ATTRIB"]);
+        assert_eq!(fs::read_to_string(&at).unwrap(), "new\n");
+        folder.unmount(false).unwrap();
+    }
+}
+
+#[test]
 fn a_folder_that_can_only_be_read_is_heard_of_too() {
     let Some((folder, source, at)) = folder("mkdir dir; echo old > dir/file", true) else {
         return;
