@@ -186,7 +186,7 @@ fn programs_hear_what_the_host_does_with_a_file_that_is_shared_by_itself() {
     let Some(mounted) = mounted else {
         return;
     };
-    let watching = Watching::of(&[mounted.at.clone()]);
+    let watching = Watching::of(std::slice::from_ref(&mounted.at));
     let expect = |commands: &str, heard: &[&str]| {
         let mut shell = Command::new("sh");
         shell.args(["-ec", commands, "sh"]).arg(source.path());
