@@ -86,7 +86,14 @@ const UNMOUNTED: Timespec = Timespec {
 pub fn run(machine: &Machine, control: &Connection, request: &Mount) -> io::Result<()> {
     let folder = match Folder::mount(machine, request) {
         Ok(folder) => folder,
-        Err(why) => return protocol::send(control, &FromMount::Mounted(Err(why))),
+        Err(Refused { why, carrying }) => {
+            // First of all: a host whose other connections end takes this one for ended, too.
+            let said = protocol::send(control, &FromMount::Mounted(Err(why)));
+            if let Some(carrying) = carrying {
+                carrying.end();
+            }
+            return said;
+        }
     };
     let served = folder.serve(control);
     folder.end();
@@ -98,6 +105,23 @@ struct Folder {
     carrying: Carrying,
     attached: Arc<Attached>,
     replayer: Replayer,
+}
+
+/// What was not mounted.
+struct Refused {
+    /// One sentence.
+    why: String,
+    /// What is still to be ended.
+    carrying: Option<Box<Carrying>>,
+}
+
+impl From<String> for Refused {
+    fn from(why: String) -> Self {
+        Self {
+            why,
+            carrying: None,
+        }
+    }
 }
 
 /// What carries a filesystem's messages.
@@ -121,12 +145,10 @@ struct Carrying {
 }
 
 impl Folder {
-    fn mount(machine: &Machine, request: &Mount) -> Result<Self, String> {
+    fn mount(machine: &Machine, request: &Mount) -> Result<Self, Refused> {
         if !(1..=MAX_MOUNT_QUEUES).contains(&request.queues) {
-            return Err(format!(
-                "a mount has 1 to {MAX_MOUNT_QUEUES} queues, not {}",
-                request.queues
-            ));
+            let queues = request.queues;
+            return Err(format!("a mount has 1 to {MAX_MOUNT_QUEUES} queues, not {queues}").into());
         }
         let device = Arc::new(device::open_new()?);
         let filesystem = Filesystem::new(&device, request)?;
@@ -137,10 +159,10 @@ impl Folder {
                 attached,
                 replayer,
             }),
-            Err(why) => {
-                carrying.end();
-                Err(why)
-            }
+            Err(why) => Err(Refused {
+                why,
+                carrying: Some(Box::new(carrying)),
+            }),
         }
     }
 
