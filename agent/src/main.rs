@@ -44,7 +44,7 @@ use std::thread;
 use std::time::Duration;
 
 use agent::guest::{GUEST_PATH, Guest};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use rustix::process::{Resource, Rlimit, getpid, setrlimit};
 
 use crate::forward::Reactor;
@@ -92,12 +92,18 @@ fn run(started: Duration) -> Result<Infallible> {
     settings::apply(&guest.settings);
 
     let reaper = Reaper::default();
-    let root = root::prepare(&guest, &reaper)?;
+    let mut root = root::prepare(&guest, &reaper)?;
     if let Some(program) = &guest.init {
-        if let Missing::All(_) = root.missing {
-            bail!("a root that the host shares cannot bring an init of its own ({program})");
+        let successor = init::step_beside(program)?;
+        match &mut root.missing {
+            Missing::All(expected) => {
+                if let Err(error) = init::carry_root() {
+                    eprintln!("mvm-agent: systemd may end the agent before the machine: {error:#}");
+                }
+                expected.hand_over_to(successor);
+            }
+            _ => successor.take_over(&root.tree)?,
         }
-        init::hand_over(program, &root.tree)?;
     }
     let initramfs = Tree::own().context("the initramfs cannot be opened")?;
     let forwarder = forward::Handle::new().context("no event can be made")?;
@@ -108,7 +114,8 @@ fn run(started: Duration) -> Result<Infallible> {
 
 fn serve(machine: &Arc<Machine>, started: Duration) -> Result<Infallible> {
     let is_init = getpid().is_init();
-    if is_init {
+    let carries_root = matches!(machine.missing, Missing::All(_));
+    if is_init || carries_root {
         signals::block();
     }
     let listener = Listener::new()?;
@@ -122,6 +129,9 @@ fn serve(machine: &Arc<Machine>, started: Duration) -> Result<Infallible> {
     if is_init {
         signals::start(machine).context("the thread that waits for signals cannot be started")?;
         button::start(machine).context("the power button cannot be watched")?;
+    } else if carries_root {
+        signals::outlive(init::hold_in_memory)
+            .context("the thread that waits for signals cannot be started")?;
     }
     priority::raise_this_thread();
     let serving = Arc::clone(machine);

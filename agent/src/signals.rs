@@ -1,4 +1,4 @@
-//! The signals by which a machine's own programs ask PID 1 to end it.
+//! The signals by which a machine's own programs ask PID 1 to end it, and those that an agent beside PID 1 outlives.
 //!
 //! `poweroff` and `reboot` of busybox, sysvinit and systemd do no more than that where they are
 //! not told to force it.
@@ -53,6 +53,26 @@ pub fn start(machine: &Arc<Machine>) -> io::Result<()> {
     let forever = move || {
         loop {
             wait();
+        }
+    };
+    thread::Builder::new()
+        .name("signals".to_owned())
+        .stack_size(64 << 10)
+        .spawn(forever)?;
+    Ok(())
+}
+
+/// Starts the thread that does `brace` where an init asks all processes to end; the signals must be
+/// [blocked](block) in all threads, and nothing else comes of them.
+///
+/// Whoever carries the root lives on until it is killed, so that those have their files who have something to do.
+pub fn outlive(brace: fn()) -> io::Result<()> {
+    let forever = move || {
+        loop {
+            // SAFETY: `set` is a valid set, which sigwaitinfo only reads; it may leave no information.
+            if unsafe { libc::sigwaitinfo(&set(), ptr::null_mut()) } == libc::SIGTERM {
+                brace();
+            }
         }
     };
     thread::Builder::new()

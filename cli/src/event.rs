@@ -32,6 +32,8 @@ pub enum Event {
     Stop(Duration),
     /// The control socket asks for this signal to the command, or with SIGKILL for the machine's end.
     Kill(i32),
+    /// The guest has lost the root that it had from the host.
+    RootGone,
     /// The machine ended.
     Machine(Ended),
 }

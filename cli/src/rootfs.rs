@@ -72,10 +72,11 @@ impl Rootfs {
             Self::Host => Ok(Root::Share { overlay: true }),
             Self::BuiltIn => Ok(Root::Initramfs),
             Self::Directory { path, writable } => {
-                if args.init.is_some() || args.console {
+                if args.console {
+                    // At the console there is nobody who would mount it.
                     bail!(
-                        "{} is a directory, which cannot be the root with --init or --console: those take a \
-                         disk image",
+                        "{} is a directory, which cannot be the root with --console: give a disk image, or run a \
+                         command",
                         path.display()
                     );
                 }

@@ -13,6 +13,7 @@ use anyhow::{Context, Result, anyhow};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 
 use super::{LOWER, ROOT, disk};
+use crate::init::Successor;
 use crate::mounts;
 use crate::tree::Tree;
 
@@ -26,6 +27,8 @@ pub struct Expected {
     overlay: bool,
     /// What is mounted below it once it is there.
     mounts: Vec<Mount>,
+    /// Who becomes its own init once it is there.
+    successor: Option<Successor>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -45,9 +48,15 @@ impl Expected {
         Self {
             overlay,
             mounts,
+            successor: None,
             state: Mutex::new(State::Absent),
             changed: Condvar::new(),
         }
+    }
+
+    /// Has the root's own init started, once that is there.
+    pub fn hand_over_to(&mut self, successor: Successor) {
+        self.successor = Some(successor);
     }
 
     /// Makes the root of what `attach` mounts over the directory it is given, and puts it into `tree`.
@@ -109,6 +118,9 @@ impl Expected {
         super::furnish(&root)?;
         mounts::mount_requested(&root, &self.mounts)?;
         tree.settle(root);
+        if let Some(successor) = &self.successor {
+            successor.take_over(tree)?;
+        }
         Ok(attached)
     }
 

@@ -148,6 +148,17 @@ impl Folders {
         Ok(())
     }
 
+    /// Has `done` called once the guest has lost the root that is served to it, if there is one.
+    ///
+    /// # Errors
+    /// Where no thread can be started that waits for it.
+    pub fn at_end_of_root(&self, done: impl FnOnce() + Send + 'static) -> std::io::Result<()> {
+        match &*lock(&self.served_root) {
+            Some(root) => root.at_end(done),
+            None => Ok(()),
+        }
+    }
+
     /// Mounts one more.
     ///
     /// # Errors

@@ -187,6 +187,22 @@ impl Served {
         lock(&self.shared.threads).serving > 0
     }
 
+    /// Has `done` called once the guest has it no more.
+    ///
+    /// # Errors
+    /// Where no thread can be started that waits for it.
+    pub fn at_end(&self, done: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        let shared = self.shared.clone();
+        let wait = move || {
+            let threads = lock(&shared.threads);
+            let fewer = &shared.fewer;
+            drop(fewer.wait_while(threads, |threads| threads.serving > 0));
+            done();
+        };
+        let waiting = thread::Builder::new().name("folder-end".to_owned());
+        waiting.spawn(wait).map(drop)
+    }
+
     /// How many threads there are for it.
     #[cfg(test)]
     pub fn threads(&self) -> usize {

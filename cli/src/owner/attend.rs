@@ -31,6 +31,10 @@ const POWER_OFF_GRACE: Duration = Duration::from_secs(2);
 /// The exit code of a command that --timeout ended, as with timeout(1).
 const TIMED_OUT: i32 = 124;
 
+/// Why a machine without a root is ended.
+const ORPHANED: &str =
+    "the guest lost its root, as the agent that carries it was killed there, and did not power off";
+
 /// Console lines shown when a machine fails.
 const LINES_SHOWN: usize = 20;
 
@@ -49,6 +53,8 @@ pub struct Attendant {
     deadline: Option<Instant>,
     /// The first signal that asked for the end.
     signalled: Option<i32>,
+    /// The guest has lost its root.
+    orphaned: bool,
 }
 
 /// How far a command's session has come.
@@ -81,6 +87,7 @@ impl Attendant {
             output,
             deadline: None,
             signalled: None,
+            orphaned: false,
         }
     }
 
@@ -161,6 +168,14 @@ impl Attendant {
         self.machine.set_clock();
         if let Some(code) = self.await_folders(link)? {
             return Ok(code);
+        }
+        if self.machine.args.init.is_some() {
+            // An init may kill the agent and have nothing left by which it could end the machine.
+            let events = self.machine.events.clone();
+            let folders = &self.machine.folders;
+            folders
+                .at_end_of_root(move || drop(events.send(Event::RootGone)))
+                .context("no thread for the machine's root")?;
         }
         // What runs now may connect at once.
         self.machine.forwarder.await_reverses();
@@ -243,7 +258,9 @@ impl Attendant {
         self.deadline = self.patience();
         loop {
             match self.next() {
+                None if self.orphaned => return Err(self.failure(ORPHANED)),
                 None => return Ok(TIMED_OUT),
+                Some(Event::RootGone) => self.await_end_of_orphan(),
                 Some(Event::Signal(SIGWINCH)) => {}
                 Some(Event::Signal(_) | Event::Stop(_)) => return Ok(0),
                 Some(Event::Kill(SIGKILL)) => {
@@ -256,6 +273,12 @@ impl Attendant {
                 Some(_) => {}
             }
         }
+    }
+
+    /// A guest without its root can still power off, and nothing else.
+    fn await_end_of_orphan(&mut self) {
+        self.orphaned = true;
+        self.deadline = Some(Instant::now() + GRACE);
     }
 
     /// When --timeout strikes.
@@ -310,6 +333,8 @@ impl Attendant {
         self.deadline = self.patience();
         loop {
             match self.next() {
+                None if self.orphaned => return Err(self.failure(ORPHANED)),
+                Some(Event::RootGone) => self.await_end_of_orphan(),
                 None if progress.timed_out || self.signalled.is_some() => {
                     // It was asked to end and did not.
                     return Ok(if progress.timed_out {

@@ -1,7 +1,12 @@
 //! Root filesystems from disk images: every filesystem, whole disks and partitions, kept or changed.
 
-use tests::Guest;
+use std::ffi::OsString;
+use std::fs::{self, Permissions};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
 use tests::image::{self, Filesystem, Table, sha256};
+use tests::{Guest, Machines};
 
 const FILESYSTEMS: [Filesystem; 3] = [Filesystem::Ext4, Filesystem::Squashfs, Filesystem::Erofs];
 
@@ -141,16 +146,27 @@ fn what_is_written_to_a_directory_is_there_where_that_was_asked_for() {
 #[test]
 fn a_directory_that_is_no_root_is_refused() {
     let tree = image::small_tree();
-    for (option, value) in [("--init", "/bin/init"), ("--rootfs", "/nowhere/at/all")] {
-        let output = Guest::new()
-            .rootfs(tree.path())
-            .option(option, value)
-            .run("true");
+    let refused = |guest: Guest, why: &str| {
+        let output = guest.run("true");
         output
             .expect_code(125)
             .expect_stdout("")
+            .expect_in_stderr(why)
             .expect_nothing_left();
-    }
+    };
+    let root = || Guest::new().rootfs(tree.path());
+    refused(
+        root().option("--rootfs", "/nowhere/at/all"),
+        "/nowhere/at/all",
+    );
+    refused(
+        root().option("--init", "/nowhere/at/all"),
+        "the root filesystem has no /nowhere/at/all to be its init",
+    );
+    refused(
+        root().option("--init", "/etc/passwd"),
+        "/etc/passwd cannot be executed as the root's init",
+    );
     let empty = tempfile::tempdir().expect("a temporary directory can be made");
     let output = Guest::new().rootfs(empty.path()).run("true");
     output.expect_code(127).expect_stdout("");
@@ -167,4 +183,86 @@ fn a_roots_own_init_can_be_the_first_process() {
         .expect_code(0)
         .expect_in_stdout("init\n")
         .expect_nothing_left();
+}
+
+/// A directory that becomes the root as it is, or so that the guest changes it.
+fn roots(tree: &Path) -> [OsString; 2] {
+    let mut writable = tree.as_os_str().to_owned();
+    writable.push(":rw");
+    [tree.as_os_str().to_owned(), writable]
+}
+
+#[test]
+fn a_directorys_own_init_can_be_the_first_process() {
+    let tree = image::small_tree();
+    for (root, filesystem) in roots(tree.path()).into_iter().zip(["overlay", "fuse.mvm"]) {
+        let output = Guest::new()
+            .option("--rootfs", root)
+            .option("--init", "/bin/init")
+            .run(
+                "cat /proc/1/comm; mount | grep ' / ' | cut -d' ' -f5
+                 echo kept >/root/file; cat /proc/1/root/root/file",
+            );
+        output
+            .expect_code(0)
+            .expect_stdout(&format!("init\n{filesystem}\nkept\n"))
+            .expect_nothing_left();
+    }
+    assert!(tree.path().join("root/file").exists());
+}
+
+#[test]
+fn a_directorys_own_init_ends_the_machine_from_within() {
+    let tree = image::small_tree();
+    for root in roots(tree.path()) {
+        let machines = Machines::new();
+        let guest = Guest::new()
+            .option("--rootfs", root)
+            .option("--init", "/bin/init");
+        let machine = machines.run(guest, &[]);
+        // It kills whatever runs on its way there, the agent too.
+        machine.exec("poweroff");
+        machine.mvm("wait", &[]).expect_stdout("0\n");
+    }
+}
+
+#[test]
+fn a_script_can_be_the_init_of_a_directory() {
+    let tree = image::small_tree();
+    let script = tree.path().join("bin/first");
+    // It ends nothing when it is asked to.
+    fs::write(
+        &script,
+        "#!/bin/sh\necho up >/run/up\nwhile :; do sleep 1; done\n",
+    )
+    .unwrap();
+    fs::set_permissions(&script, Permissions::from_mode(0o755)).unwrap();
+    for root in roots(tree.path()) {
+        let machines = Machines::new();
+        let guest = Guest::new()
+            .option("--rootfs", root)
+            .option("--init", "/bin/first");
+        let machine = machines.idle(guest);
+        machine
+            .exec("until [ -e /run/up ]; do sleep 0.1; done; cat /proc/1/comm")
+            .expect_stdout("first\n");
+        machine.mvm("stop", &[]).expect_code(0);
+        machine.expect_state("exited");
+    }
+}
+
+#[test]
+fn a_machine_that_has_lost_its_root_ends() {
+    let tree = image::small_tree();
+    let machines = Machines::new();
+    let guest = Guest::new()
+        .rootfs(tree.path())
+        .option("--init", "/bin/init");
+    let machine = machines.run(guest, &[]);
+    // Only the agent has such a mark in front of its name.
+    machine.exec("for p in /proc/[0-9]*; do grep -q '^@' $p/cmdline && kill -9 ${p#/proc/}; done");
+    machine.mvm("wait", &[]).expect_stdout("125\n");
+    machine
+        .mvm("inspect", &[])
+        .expect_in_stdout("the guest lost its root");
 }
