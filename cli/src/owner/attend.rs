@@ -350,10 +350,8 @@ impl Attendant {
                 Some(Event::Signal(SIGWINCH)) => {
                     ignore_gone(session.resize(terminal::window_size()));
                 }
+                Some(Event::Signal(signal)) if self.signalled.is_some() => return Ok(128 + signal),
                 Some(Event::Signal(signal)) => {
-                    if self.signalled.is_some() {
-                        return Ok(128 + signal);
-                    }
                     self.signalled = Some(signal);
                     self.ask_to_end(&mut session, signal, GRACE);
                 }
