@@ -36,6 +36,7 @@ pub fn dispatch<'a>(share: &Share, message: &[u8], reply: &'a mut Reply) -> (Ans
         share.learn_filesystems();
     }
     reply.begin(header.unique);
+    tracing::trace!(opcode = header.opcode, node = header.nodeid, "asked");
     let outcome = match Opcode::from_number(header.opcode) {
         None => Err(Errno::NOSYS),
         Some(Opcode::Forget | Opcode::BatchForget) => {

@@ -252,18 +252,12 @@ impl Owners {
         (real, added, needed & !mode)
     }
 
-    /// What is remembered of what `name` in `dir` is, `known` where the guest knows it already.
-    pub fn recall_at(
-        &self,
-        dir: BorrowedFd<'_>,
-        name: &CStr,
-        stat: &Stat,
-        known: Option<&Inode>,
-    ) -> Override {
-        if let Some(over) = known.and_then(|inode| *lock(&inode.remembered)) {
+    /// What is remembered of what `name` in `dir` is, which was just found to be `inode`.
+    pub fn recall_at(&self, dir: BorrowedFd<'_>, name: &CStr, inode: &Inode) -> Override {
+        if let Some(over) = *lock(&inode.remembered) {
             return over;
         }
-        if !can_carry(stat.kind()) {
+        if !can_carry(inode.kind) {
             return Override::default();
         }
         let dir = ProcPath::of(&dir);
@@ -312,6 +306,8 @@ impl Owners {
         if before == over {
             return Ok(());
         }
+        let mut recalled = lock(&inode.recalled);
+        *recalled = None;
         if lock(&inode.remembered).is_none() && can_carry(inode.kind) {
             let path = ProcPath::of(held);
             let outcome = match over.is_nothing() {

@@ -65,6 +65,9 @@ pub(crate) struct Inode {
     pub privileged: AtomicBool,
     /// What it is to the guest, where the host cannot remember it.
     pub remembered: Mutex<Option<Override>>,
+    /// What the host remembers of it, from when that was looked up until it may be something else. Locked while it is looked
+    /// up or changed.
+    pub recalled: Mutex<Option<Override>>,
     /// Of a directory, and of a file that is shared by itself: whether it is watched.
     pub watch: Mutex<Watch>,
     /// Where in the view it was found; that of the root, which shows least, where there is none.
@@ -213,6 +216,7 @@ impl Inodes {
             handles: AtomicU32::new(0),
             privileged: AtomicBool::new(false),
             remembered: Mutex::new(None),
+            recalled: Mutex::new(None),
             watch: Mutex::default(),
             scope: AtomicU32::new(scope.number()),
         }

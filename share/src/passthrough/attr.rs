@@ -8,7 +8,7 @@ use rustix::fs::{AtFlags, FileType, Gid, OFlags, Timespec, Timestamps, Uid};
 use rustix::fs::{UTIME_NOW, UTIME_OMIT};
 use rustix::io::Errno;
 
-use super::{Share, shown_number};
+use super::{FOREVER, Share, shown_number};
 use crate::host::{Stat, Time};
 use crate::inode::{Held, Inode, lock};
 use crate::owner::{Ids, Override, Owner};
@@ -27,8 +27,8 @@ impl Share {
 
     fn attr_out(&self, inode: &Inode, held: &Held) -> Result<AttrOut, Errno> {
         let stat = Stat::fd(held.as_fd())?;
-        let over = self.owners.recall(inode, held);
         let watched = self.is_watched_above(inode);
+        let over = self.recall(inode, &stat, watched, || self.owners.recall(inode, held));
         let validity = self.validity(self.is_told_of(inode, &stat, watched));
         Ok(AttrOut {
             attr_valid: validity.as_secs(),
@@ -41,7 +41,8 @@ impl Share {
     pub(crate) fn statx(&self, id: u64) -> Result<StatxOut, Errno> {
         let (inode, held) = self.held(id)?;
         let stat = Stat::fd(held.as_fd())?;
-        let over = self.owners.recall(&inode, &held);
+        let watched = self.is_watched_above(&inode);
+        let over = self.recall(&inode, &stat, watched, || self.owners.recall(&inode, &held));
         let seen = self.owners.seen(&stat, &over);
         let of = |time: Time| SxTime {
             sec: time.sec,
@@ -49,7 +50,6 @@ impl Share {
             reserved: 0,
         };
         let birth = stat.birth.map(of);
-        let watched = self.is_watched_above(&inode);
         let validity = self.validity(self.is_told_of(&inode, &stat, watched));
         Ok(StatxOut {
             attr_valid: validity.as_secs(),
@@ -121,7 +121,7 @@ impl Share {
             return Err(Errno::OPNOTSUPP);
         }
         let (real, added, taken) = self.owners.split_mode(inode.kind, mode);
-        let before = self.owners.recall(inode, held);
+        let before = self.recall_held(inode, held, &Stat::fd(held.as_fd())?);
         let after = Override {
             added,
             taken,
@@ -143,7 +143,7 @@ impl Share {
         gid: Option<u32>,
     ) -> Result<(), Errno> {
         let stat = Stat::fd(held.as_fd())?;
-        let before = self.owners.recall(inode, held);
+        let before = self.recall_held(inode, held, &stat);
         let mut after = before;
         match self.owners.rule {
             Owner::Host => set_host_owner(held.as_fd(), uid, gid)?,
@@ -179,10 +179,10 @@ impl Share {
         &self,
         inode: &Inode,
         held: &Held,
+        stat: Stat,
         ids: Ids,
         mut over: Override,
     ) -> Result<(Stat, Override), Errno> {
-        let stat = Stat::fd(held.as_fd())?;
         match self.owners.rule {
             Owner::Host if (stat.uid, stat.gid) == (ids.uid, ids.gid) => {}
             Owner::Host => set_host_owner(held.as_fd(), Some(ids.uid), Some(ids.gid))?,
@@ -201,6 +201,37 @@ impl Share {
             Owner::Mapped(_) => stat,
         };
         Ok((stat, over))
+    }
+
+    /// What is remembered of a file in a directory that is `watched` or not. It is looked up, by `look`, where the guest
+    /// would not be told of a change; else what was found the last time is true still. Not for requests
+    /// that tell nothing ([`Share::telling`]).
+    pub(super) fn recall(
+        &self,
+        inode: &Inode,
+        stat: &Stat,
+        watched: bool,
+        look: impl FnOnce() -> Override,
+    ) -> Override {
+        let mut recalled = lock(&inode.recalled);
+        if self.validity(self.is_told_of(inode, stat, watched)) != FOREVER {
+            *recalled = None;
+            return look();
+        }
+        *recalled.get_or_insert_with(look)
+    }
+
+    /// The same of what `held` stands for.
+    fn recall_held(&self, inode: &Inode, held: &Held, stat: &Stat) -> Override {
+        let watched = self.is_watched_above(inode);
+        self.recall(inode, stat, watched, || self.owners.recall(inode, held))
+    }
+
+    /// What the host remembers of a file may have changed.
+    pub(crate) fn recall_anew(&self, id: u64) {
+        if let Ok(inode) = self.inodes.get(id) {
+            *lock(&inode.recalled) = None;
+        }
     }
 
     fn remember(

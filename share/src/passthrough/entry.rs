@@ -1,5 +1,6 @@
 //! Names: found, made, removed, renamed.
 
+use std::cell::Cell;
 use std::ffi::{CStr, OsStr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -19,6 +20,11 @@ use crate::wire::{EntryOut, MknodIn};
 /// The flags of renameat2(2) that there are here; whiteouts are devices.
 const RENAME_FLAGS: RenameFlags = RenameFlags::NOREPLACE.union(RenameFlags::EXCHANGE);
 
+thread_local! {
+    /// This thread's umask, once it was set.
+    static UMASK: Cell<Option<Mode>> = const { Cell::new(None) };
+}
+
 /// A new file in the making: what it is to be.
 pub(super) struct Making {
     pub kind: FileType,
@@ -37,11 +43,11 @@ pub(super) struct Making {
 impl Making {
     /// Does `action` with the umask that the guest's caller has.
     pub fn masked<T>(&self, action: impl FnOnce() -> T) -> T {
-        // Threads that serve a share have a umask of their own.
-        let before = rustix::process::umask(self.umask);
-        let outcome = action();
-        rustix::process::umask(before);
-        outcome
+        // Threads that serve a share have a umask of their own, which is most often what it was the last time.
+        if UMASK.replace(Some(self.umask)) != Some(self.umask) {
+            rustix::process::umask(self.umask);
+        }
+        action()
     }
 }
 
@@ -54,9 +60,9 @@ impl Share {
             outcome => outcome?,
         };
         let inode = self.enter(parent, dir.as_fd(), name, &stat, scope)?;
-        let over = self
-            .owners
-            .recall_at(dir.as_fd(), name, &stat, Some(&inode));
+        let over = self.recall(&inode, &stat, watched, || {
+            self.owners.recall_at(dir.as_fd(), name, &inode)
+        });
         Ok(self.entry(&inode, &stat, &over, watched))
     }
 
@@ -108,8 +114,9 @@ impl Share {
         kind: FileType,
         mode: u32,
     ) -> Result<Making, Errno> {
+        let watched = self.watch_dir(parent, dir);
         let stat = Stat::fd(dir.as_fd())?;
-        let over = self.owners.recall(parent, dir);
+        let over = self.recall(parent, &stat, watched, || self.owners.recall(parent, dir));
         let seen = self.owners.seen(&stat, &over);
         let mut ids = caller.ids;
         let mut mode = mode & 0o7777;
@@ -132,7 +139,7 @@ impl Share {
             },
             umask: Mode::from_raw_mode(umask & !taken),
             ids,
-            watched: self.watch_dir(parent, dir),
+            watched,
         })
     }
 
@@ -178,10 +185,12 @@ impl Share {
         let owned = self
             .inodes
             .keep(&inode, fd)
-            .and_then(|held| self.own_new(&inode, &held, making.ids, making.remembered));
+            .and_then(|held| self.own_new(&inode, &held, stat, making.ids, making.remembered));
         match owned {
             Ok((stat, over)) => {
-                let entry = self.entry(&inode, &stat, &over, making.watched && place.is_some());
+                let watched = making.watched && place.is_some();
+                self.recall(&inode, &stat, watched, || over);
+                let entry = self.entry(&inode, &stat, &over, watched);
                 Ok((inode, entry))
             }
             Err(errno) => {
@@ -276,7 +285,7 @@ impl Share {
         })?;
         let stat = Stat::fd(held.as_fd())?;
         self.inodes.enter_known(&inode, parent, name)?;
-        let over = self.owners.recall(&inode, &held);
+        let over = self.recall(&inode, &stat, watched, || self.owners.recall(&inode, &held));
         Ok(self.entry(&inode, &stat, &over, watched))
     }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 use rustix::fs::{FallocateFlags, FileType, OFlags, SeekFrom};
 use rustix::io::Errno;
 
-use super::{Cache, Caller, Locking, MAX_TRANSFER, Share};
+use super::{BRIEFLY, Cache, Caller, Locking, MAX_TRANSFER, Share};
 use crate::handle::Handle;
 use crate::host::{self, Stat};
 use crate::inode::Inode;
@@ -60,12 +60,13 @@ impl Share {
         if asked.open_flags & OPEN_KILL_SUIDGID != 0 && flags.contains(OFlags::TRUNC) {
             self.kill_privileges(&inode, &held)?;
         }
-        self.opened(inode, file)
+        let told = self.is_told_of_data(&inode, &file)?;
+        self.opened(inode, file, told)
     }
 
-    /// A new handle for what was opened.
-    fn opened(&self, inode: Arc<Inode>, file: OwnedFd) -> Result<OpenOut, Errno> {
-        let keep = match self.is_told_of_data(&inode, &file)? {
+    /// A new handle for what was opened, of whose data the guest is `told` if they change.
+    fn opened(&self, inode: Arc<Inode>, file: OwnedFd, told: bool) -> Result<OpenOut, Errno> {
+        let keep = match told {
             true => fopen::KEEP_CACHE | fopen::CACHE_DIR,
             false => 0,
         };
@@ -105,7 +106,8 @@ impl Share {
         self.watch_dir(&inode, &dir);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let file = self.open_again(&inode, &dir, flags)?;
-        self.opened(inode, file)
+        let told = self.is_told_of_data(&inode, &file)?;
+        self.opened(inode, file, told)
     }
 
     /// Makes a file and opens it, or opens the one that is there.
@@ -132,7 +134,7 @@ impl Share {
         let held = self.fds.hold_again(file.as_fd())?;
         let (inode, entry) = self.made(&making, (parent, &dir), name, Some(held))?;
         inode.is_new.store(true, Ordering::Relaxed);
-        match self.opened(inode, file) {
+        match self.opened(inode, file, entry.attr_valid > BRIEFLY.as_secs()) {
             Ok(open) => Ok((entry, open)),
             Err(errno) => {
                 self.forget(entry.nodeid, 1);
@@ -182,7 +184,7 @@ impl Share {
         })?;
         let held = self.fds.hold_again(file.as_fd())?;
         let (inode, entry) = self.introduce(&making, None, held)?;
-        match self.opened(inode, file) {
+        match self.opened(inode, file, entry.attr_valid > BRIEFLY.as_secs()) {
             Ok(open) => Ok((entry, open)),
             Err(errno) => {
                 self.forget(entry.nodeid, 1);

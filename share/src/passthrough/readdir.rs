@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use super::{MAX_TRANSFER, Share, shown_number};
 use crate::handle::Handle;
 use crate::host::Key;
-use crate::inode::lock;
+use crate::inode::{Held, Inode, lock};
 use crate::message::Reply;
 use crate::wire::{Dirent, EntryOut, ReadIn};
 
@@ -158,7 +158,7 @@ impl Share {
         if reply.len() + head + padded > limit {
             return Ok(false);
         }
-        let is_itself = matches!(name, b"." | b"..");
+        let is_itself = is_itself(found.name);
         if !plus && !is_itself && !self.is_shown(handle, found.name)? {
             return Ok(true);
         }
@@ -193,13 +193,34 @@ impl Share {
         Ok(true)
     }
 
+    /// Whether a directory has nothing in it.
+    pub(super) fn has_no_entries(&self, inode: &Inode, dir: &Held) -> Result<bool, Errno> {
+        let file = self.open_again(inode, dir, OFlags::RDONLY | OFlags::DIRECTORY)?;
+        let mut buffer = [MaybeUninit::uninit(); MIN_BUFFER];
+        let mut entries = RawDir::new(file, &mut buffer);
+        while let Some(entry) = entries.next() {
+            if !is_itself(entry?.file_name()) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     fn entry_of(&self, handle: &Handle, name: &CStr) -> Result<EntryOut, Errno> {
         let dir = handle.as_fd();
         let (stat, scope) = self.find(&handle.inode, dir, name)?;
         let inode = self.enter(handle.inode.id, dir, name, &stat, scope)?;
-        let over = self.owners.recall_at(dir, name, &stat, Some(&inode));
-        Ok(self.entry(&inode, &stat, &over, handle.inode.is_watched()))
+        let watched = handle.inode.is_watched();
+        let over = self.recall(&inode, &stat, watched, || {
+            self.owners.recall_at(dir, name, &inode)
+        });
+        Ok(self.entry(&inode, &stat, &over, watched))
     }
+}
+
+/// Whether an entry is the directory itself, or the one above it.
+fn is_itself(name: &CStr) -> bool {
+    matches!(name.to_bytes(), b"." | b"..")
 }
 
 /// What tells the numbers of a filesystem's inodes apart from those of others.

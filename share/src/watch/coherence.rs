@@ -22,8 +22,10 @@ use crate::wire::{NotifyCode, NotifyInvalEntryOut, NotifyInvalInodeOut, ROOT_ID,
 
 /// How much is read of the kernel's queue at a time, bytes.
 const BUFFER: usize = 64 << 10;
-/// For how long nobody looks again after events of the guest's own work, which come one by one as it goes on.
+/// For how long nobody looks again after events of the guest's own work, which come one by one as it goes on: at first, and
+/// where there was nothing else for a while.
 const OWN_WORK: Duration = Duration::from_millis(5);
+const LONG_OWN_WORK: Duration = Duration::from_millis(15);
 /// Names are looked up again when they are used next, instead of being dropped with all below them:
 /// of [`NotifyInvalEntryOut::flags`].
 const EXPIRE_ONLY: u32 = 1 << 0;
@@ -47,6 +49,7 @@ pub fn watch(
     };
     let notifier = Notifier { share, channel };
     let mut buffer = vec![0; BUFFER];
+    let mut pause = OWN_WORK;
     loop {
         notifier.wait(watcher)?;
         if watcher.stopping.load(Ordering::Relaxed) {
@@ -58,10 +61,12 @@ pub fn watch(
         news.retain(|event| notifier.is_news(watcher, event));
         if news.is_empty() {
             if is_own_work {
-                thread::sleep(OWN_WORK);
+                thread::sleep(pause);
+                pause = (pause * 2).min(LONG_OWN_WORK);
             }
             continue;
         }
+        pause = OWN_WORK;
         watcher.all_told();
         let mut events = Vec::new();
         for event in news {
@@ -354,6 +359,7 @@ impl Notifier<'_> {
     }
 
     fn forget_attributes_and_data(&self, ino: u64) -> io::Result<()> {
+        self.share.recall_anew(ino);
         let head = NotifyInvalInodeOut {
             ino,
             off: 0,
@@ -363,6 +369,7 @@ impl Notifier<'_> {
     }
 
     fn forget_attributes(&self, ino: u64) -> io::Result<()> {
+        self.share.recall_anew(ino);
         let head = NotifyInvalInodeOut {
             ino,
             off: -1,
