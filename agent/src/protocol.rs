@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 pub use self::copy::{FromUnpack, Landing, Pack, Report, Unpack};
 pub use self::mount::{
     AFTER_REPLIES, ATTRIBUTES, CALL_ANSWERED, CALL_ASKED, CALL_DONE, CALL_HEADER, CALL_PAGES,
-    CALLS, ChangeKind, FromMount, HostChange, HostMemory, LIST, MAX_MOUNT_QUEUES, Mount,
+    CALLS, ChangeKind, EMPTY, FromMount, HostChange, HostMemory, LIST, MAX_MOUNT_QUEUES, Mount,
     MountPoint, MountStream, Mounted, NEW, NewDirectory, PLACE, PLACED, PLACED_FROM,
     REQUEST_PLACED, SLOT_PAGES, ToMount, WINDOW, WINDOW_PAGE, WINDOW_SLOTS, for_agent, for_host,
 };

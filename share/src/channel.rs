@@ -23,6 +23,13 @@ pub enum Advice {
         /// The file's node.
         node: u64,
     },
+    /// A directory was made just now, and is empty. Notifications tell what the host changes in there.
+    Empty {
+        /// The directory's node.
+        node: u64,
+        /// For how many seconds a guest may believe that a name is not there: `fuse_entry_out.entry_valid`.
+        validity: u64,
+    },
     /// A directory was changed by the request that the reply is to, so that the kernel does not know its attributes
     /// any more: these are what it would be told.
     Attributes {

@@ -1,26 +1,27 @@
-//! The attributes of directories that the guest has just changed.
+//! The attributes of directories that the guest has just changed, or listed.
 //!
 //! After each name that it has made or removed, the kernel asks for the directory's attributes anew, before it goes
-//! on in there. The host has said them with the reply, so it need not be asked. They are used once, and only while
+//! on in there; and when one that it has listed is looked at the next time, as it may have another time of access. The host
+//! has said them with the reply, so it need not be asked. They are used once, and only while
 //! nothing else may have changed them: what the host changes is told after that reply (`super::order`), and
 //! what the guest changes passes through here.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::message::{self, IN_HEADER, OUT_HEADER};
 
-/// As many directories are kept in mind.
-const REMEMBERED: usize = 16;
+/// As many directories are kept in mind, with some 200 bytes each.
+const REMEMBERED: usize = 1024;
 
 /// The opcodes `FUSE_GETATTR`, and `FUSE_RENAME` and `FUSE_RENAME2`.
 const GETATTR: u32 = 3;
 const RENAMES: [u32; 2] = [12, 45];
 
 /// Requests that change nothing of the node that they are for: `FUSE_LOOKUP`, `FUSE_FORGET`, `FUSE_READLINK`,
-/// `FUSE_STATFS`, `FUSE_GETXATTR`, `FUSE_LISTXATTR`, `FUSE_OPENDIR`, `FUSE_READDIR`, `FUSE_RELEASEDIR`,
-/// `FUSE_INTERRUPT`, `FUSE_BATCH_FORGET` and `FUSE_READDIRPLUS`.
-const CHANGE_NOTHING: [u32; 12] = [1, 2, 5, 17, 22, 23, 27, 28, 29, 36, 42, 44];
+/// `FUSE_STATFS`, `FUSE_GETXATTR`, `FUSE_LISTXATTR`, `FUSE_OPENDIR`, `FUSE_RELEASEDIR`, `FUSE_INTERRUPT` and
+/// `FUSE_BATCH_FORGET`.
+const CHANGE_NOTHING: [u32; 10] = [1, 2, 5, 17, 22, 23, 27, 29, 36, 42];
 
 /// `fuse_rename_in.newdir` and `fuse_rename2_in.newdir`.
 const NEW_DIRECTORY: usize = IN_HEADER;
@@ -37,7 +38,9 @@ pub struct Attributes(Mutex<State>);
 struct State {
     /// The highest number so far.
     latest: u64,
-    known: VecDeque<(u64, [u8; ATTRIBUTES])>,
+    known: HashMap<u64, [u8; ATTRIBUTES]>,
+    /// Which became known in what order, the first in front. Some may not be known any more.
+    order: VecDeque<u64>,
 }
 
 impl Attributes {
@@ -52,11 +55,7 @@ impl Attributes {
             return;
         }
         state.latest = number;
-        state.forget(node);
-        if state.known.len() >= REMEMBERED {
-            state.known.pop_front();
-        }
-        state.known.push_back((node, attributes));
+        state.add(node, attributes);
     }
 
     /// The reply to a request for such attributes; None where the host is to be asked.
@@ -91,10 +90,27 @@ impl Attributes {
 }
 
 impl State {
+    fn add(&mut self, node: u64, attributes: [u8; ATTRIBUTES]) {
+        self.known.insert(node, attributes);
+        self.order.push_back(node);
+        if self.order.len() > 2 * REMEMBERED {
+            // Those that became known again, and those that were used.
+            let mut latest = HashSet::new();
+            let is_latest = |node: &u64| self.known.contains_key(node) && latest.insert(*node);
+            let mut order: VecDeque<_> = self.order.drain(..).rev().filter(is_latest).collect();
+            order.make_contiguous().reverse();
+            self.order = order;
+        }
+        while self.known.len() > REMEMBERED
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.known.remove(&oldest);
+        }
+    }
+
     /// Takes out what is known of a directory.
     fn forget(&mut self, node: u64) -> Option<[u8; ATTRIBUTES]> {
-        let at = self.known.iter().position(|(known, _)| *known == node)?;
-        Some(self.known.remove(at)?.1)
+        self.known.remove(&node)
     }
 }
 
@@ -157,7 +173,22 @@ mod tests {
     #[test]
     fn few_are_kept_in_mind() {
         let known = Attributes::default();
-        (1..1000).for_each(|number| known.add(number, number, &[0; ATTRIBUTES]));
-        assert_eq!(known.lock().known.len(), REMEMBERED);
+        let count = 5 * REMEMBERED as u64;
+        (1..count).for_each(|number| known.add(number, number, &[0; ATTRIBUTES]));
+        // One that becomes known again and again, and one that is used each time.
+        for number in count..2 * count {
+            known.add(count - 1, number, &[1; ATTRIBUTES]);
+        }
+        for number in 2 * count..3 * count {
+            known.add(0, number, &[0; ATTRIBUTES]);
+            assert_eq!(asked(&known, 0), Some(0));
+        }
+        let state = known.lock();
+        assert!(state.known.len() <= REMEMBERED);
+        assert!(state.order.len() <= 2 * REMEMBERED + 1);
+        drop(state);
+        assert_eq!(asked(&known, count - 1), Some(1));
+        assert_eq!(asked(&known, count - 2), Some(0));
+        assert_eq!(asked(&known, 1), None);
     }
 }

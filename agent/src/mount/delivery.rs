@@ -49,6 +49,7 @@ impl Delivery {
         match *advice {
             Advice::List { directory, entries } => self.ahead.want(directory, entries),
             Advice::New { node } => self.known.fresh.add(node),
+            Advice::Empty { node, validity } => self.known.whole.add(node, validity),
             Advice::Attributes {
                 node,
                 number,

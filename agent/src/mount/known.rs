@@ -3,12 +3,14 @@
 use super::attributes::Attributes;
 use super::fresh::Fresh;
 use super::message;
+use super::whole::Whole;
 
 /// All of it, for one mount.
 #[derive(Debug, Default)]
 pub struct Known {
     pub fresh: Fresh,
     pub attributes: Attributes,
+    pub whole: Whole,
 }
 
 impl Known {
@@ -22,14 +24,18 @@ impl Known {
             answer(&reply);
             return true;
         }
-        false
+        self.whole.answer(request, answer)
     }
 
-    /// The kernel is told of this change on the host.
+    /// The kernel is about to be told of this change on the host.
     pub fn note(&self, notification: &[u8]) {
         if let Some(node) = message::invalidated(notification) {
             self.fresh.forget(node);
             self.attributes.forget(node);
+            self.whole.forget(node);
+        }
+        if let Some(node) = message::changed_directory(notification) {
+            self.whole.forget(node);
         }
     }
 }
@@ -50,6 +56,10 @@ mod tests {
         let is_known = |request: &[u8]| known.answer(request, |_| ());
         known.attributes.add(7, 1, &[0; 104]);
         known.fresh.add(7);
+        let mut lookup = vec![0; message::IN_HEADER];
+        lookup[4] = 1;
+        lookup[16] = 7;
+        lookup.extend(b"name\0");
         let mut change = vec![0; message::OUT_HEADER + 24];
         change[4] = 2;
         change[message::OUT_HEADER] = 7;
@@ -63,5 +73,16 @@ mod tests {
         known.attributes.add(7, 2, &[0; 104]);
         known.note(&change);
         assert!(!is_known(&getxattr) && !is_known(&getattr));
+        // One of a name, in another directory and in this one.
+        for code in [2, 3] {
+            known.whole.add(7, 1);
+            change[4] = code;
+            change[message::OUT_HEADER] = 8;
+            known.note(&change);
+            assert!(is_known(&lookup));
+            change[message::OUT_HEADER] = 7;
+            known.note(&change);
+            assert!(!is_known(&lookup));
+        }
     }
 }

@@ -7,8 +7,9 @@ pub const IN_HEADER: usize = 40;
 /// The length of `fuse_out_header`, which is all of a reply that only says how it went.
 pub const OUT_HEADER: usize = 16;
 
-/// `FUSE_NOTIFY_INVAL_INODE`.
+/// `FUSE_NOTIFY_INVAL_INODE` and `FUSE_NOTIFY_INVAL_ENTRY`.
 const INVAL_INODE: i32 = 2;
+const INVAL_ENTRY: i32 = 3;
 
 /// What a request asks for: `fuse_in_header.opcode`.
 pub fn opcode(request: &[u8]) -> Option<u32> {
@@ -44,6 +45,11 @@ pub fn kind(notification: &[u8]) -> Option<i32> {
 /// Whose attributes and data the kernel is to forget: `fuse_notify_inval_inode_out.ino`.
 pub fn invalidated(notification: &[u8]) -> Option<u64> {
     (kind(notification)? == INVAL_INODE).then(|| number(notification, OUT_HEADER))?
+}
+
+/// In which directory the kernel is to look a name up anew: `fuse_notify_inval_entry_out.parent`.
+pub fn changed_directory(notification: &[u8]) -> Option<u64> {
+    (kind(notification)? == INVAL_ENTRY).then(|| number(notification, OUT_HEADER))?
 }
 
 /// The u32 at an offset.

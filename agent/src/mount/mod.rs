@@ -33,6 +33,7 @@ mod tune;
 mod usage;
 mod view;
 mod watchers;
+mod whole;
 mod window;
 
 use std::io;
@@ -59,6 +60,7 @@ use self::order::Replies;
 use self::outbox::Outbox;
 use self::overlay::Overlay;
 use self::point::Point;
+use self::pump::Notices;
 use self::replay::Replayer;
 use self::view::Lookout;
 use self::window::Lending;
@@ -391,13 +393,13 @@ impl Carrying {
         let ending = || Arc::clone(&self.ending);
         let given = Arc::clone(&self.replies);
         let MountStream::Requests { queue } = kind else {
-            let (overlay, known) = (Arc::clone(&self.overlay), Arc::clone(&self.known));
-            let note = move |notification: &[u8]| {
-                overlay.note(notification);
-                known.note(notification);
+            let notices = Notices {
+                device: Arc::clone(device),
+                after: given,
+                known: Arc::clone(&self.known),
+                overlay: Arc::clone(&self.overlay),
             };
-            let device = Arc::clone(device);
-            let pump = pump::start_notifications(stream, device, given, note, ending())?;
+            let pump = pump::start_notifications(stream, notices, ending())?;
             self.pumps.push(pump);
             return Ok(());
         };

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, PoisonError};
 
 use super::message::{self, OUT_HEADER};
-use agent::protocol::{AFTER_REPLIES, ATTRIBUTES, LIST, NEW, PLACED};
+use agent::protocol::{AFTER_REPLIES, ATTRIBUTES, EMPTY, LIST, NEW, PLACED};
 
 /// How many replies the kernel has been given.
 #[derive(Debug)]
@@ -89,6 +89,8 @@ pub enum Advice<'a> {
     List { directory: u64, entries: u64 },
     /// A file was made just now.
     New { node: u64 },
+    /// A directory was made just now and is empty; that a name is not there is believed for so many seconds.
+    Empty { node: u64, validity: u64 },
     /// The attributes of a directory that was changed, and the number of this message.
     Attributes {
         node: u64,
@@ -115,6 +117,10 @@ pub fn advice(message: &[u8]) -> Option<Advice<'_>> {
             number,
             attributes,
         });
+    }
+    if let Some(mut numbers) = numbers(message, EMPTY) {
+        let (node, validity) = (numbers.next()?, numbers.next()?);
+        return Some(Advice::Empty { node, validity });
     }
     let node = numbers(message, NEW)?.next()?;
     Some(Advice::New { node })
@@ -173,6 +179,9 @@ mod tests {
         let list = Advice::List { directory, entries };
         assert_eq!(told(LIST, &[directory, entries]), shown(list));
         assert_eq!(told(NEW, &[7]), shown(Advice::New { node: 7 }));
+        let (node, validity) = (7, 60);
+        let empty = Advice::Empty { node, validity };
+        assert_eq!(told(EMPTY, &[node, validity]), shown(empty));
         let attributes = Advice::Attributes {
             node: 7,
             number: 8,
@@ -180,7 +189,12 @@ mod tests {
         };
         let with_attributes = for_agent(ATTRIBUTES, &[7, 8], &9_u64.to_le_bytes());
         assert_eq!(advice(&with_attributes), Some(attributes));
-        for nothing in [told(LIST, &[1]), told(NEW, &[]), told(0, &[7, 7])] {
+        for nothing in [
+            told(LIST, &[1]),
+            told(NEW, &[]),
+            told(EMPTY, &[7]),
+            told(0, &[7, 7]),
+        ] {
             assert_eq!(nothing, None);
         }
         for notification in [

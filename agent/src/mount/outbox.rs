@@ -29,10 +29,12 @@ const HELD: usize = 4 << 10;
 
 /// The reply to a request for which nobody has to ask the host; None where it has to be asked.
 pub fn reply_to(request: &[u8]) -> Option<[u8; OUT_HEADER]> {
-    match RELEASES.contains(&message::opcode(request)?) {
-        true => message::reply(request, 0),
-        false => None,
-    }
+    is_release(request).then(|| message::reply(request, 0))?
+}
+
+/// Whether a request closes something.
+pub fn is_release(request: &[u8]) -> bool {
+    message::opcode(request).is_some_and(|opcode| RELEASES.contains(&opcode))
 }
 
 /// Whether a request can wait: nobody waits for what it does.
@@ -83,6 +85,16 @@ impl Outbox {
                 self.alarm.set();
                 Ok(())
             }
+            _ => self.flush_locked(&mut held),
+        }
+    }
+
+    /// Has a request sent with the next one. To be [flushed](Self::flush) where none comes at once.
+    pub fn hold_briefly(&self, request: &[u8]) -> io::Result<()> {
+        let mut held = lock(&self.held);
+        held.extend_from_slice(request);
+        match held.len() {
+            ..HELD => Ok(()),
             _ => self.flush_locked(&mut held),
         }
     }
@@ -199,6 +211,17 @@ mod tests {
         outbox.send(&request(1, 3)).unwrap();
         outbox.send(&request(1, 4)).unwrap();
         assert_eq!(received(&host, 4), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn what_is_held_briefly_goes_with_the_next_request_or_when_it_has_to() {
+        let (outbox, _, host) = outbox();
+        outbox.hold_briefly(&request(18, 1)).unwrap();
+        outbox.send(&request(1, 2)).unwrap();
+        assert_eq!(received(&host, 2), [1, 2]);
+        outbox.hold_briefly(&request(18, 3)).unwrap();
+        outbox.flush();
+        assert_eq!(received(&host, 1), [3]);
     }
 
     #[test]

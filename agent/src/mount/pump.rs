@@ -18,10 +18,11 @@ use super::alarm::Alarm;
 use super::call::Calls;
 use super::delivery::Delivery;
 use super::ending::{Ending, Why};
+use super::known::Known;
 use super::message::OUT_HEADER;
 use super::order::{self, Replies};
 use super::outbox::{self, Outbox};
-use super::overlay;
+use super::overlay::{self, Overlay};
 use super::requests;
 use super::view::Lookout;
 use crate::connection::Connection;
@@ -69,29 +70,40 @@ pub fn start_replies(
     })
 }
 
-/// Starts the thread that carries the host's notifications to the kernel, which may refuse them: they are of
-/// things that it does not know, or is about to forget. Calls `note` with those that were of something it knew.
+/// Whom the host's notifications are for: the kernel, which may refuse them, as they are of things that it does not
+/// know, or is about to forget; and who has an interest in them.
+pub struct Notices {
+    pub device: Arc<OwnedFd>,
+    pub after: Arc<Replies>,
+    pub known: Arc<Known>,
+    pub overlay: Arc<Overlay>,
+}
+
+impl Notices {
+    fn tell(&self, message: &[u8]) -> Result<(), Why> {
+        if let Some(counts) = order::counts(message) {
+            return match self.after.wait(counts) {
+                true => Ok(()),
+                false => Err(Why::Unmounted),
+            };
+        }
+        // First, as the kernel may ask anew as soon as it was told.
+        self.known.note(message);
+        if notify(&self.device, message)? {
+            self.overlay.note(message);
+        }
+        Ok(())
+    }
+}
+
+/// Starts the thread that carries the host's notifications to whom they are for.
 pub fn start_notifications(
     from: Arc<Connection>,
-    to: Arc<OwnedFd>,
-    after: Arc<Replies>,
-    note: impl Fn(&[u8]) + Send + 'static,
+    to: Notices,
     ending: Arc<Ending>,
 ) -> io::Result<JoinHandle<()>> {
     start("fuse-notices", move || {
-        let mut tell = |message: &[u8]| match order::counts(message) {
-            Some(counts) => match after.wait(counts) {
-                true => Ok(()),
-                false => Err(Why::Unmounted),
-            },
-            None => {
-                if notify(&to, message)? {
-                    note(message);
-                }
-                Ok(())
-            }
-        };
-        let Err(why) = carry_to_kernel(&from, &mut tell);
+        let Err(why) = carry_to_kernel(&from, &mut |message| to.tell(message));
         ending.announce(why);
     })
 }

@@ -1,10 +1,12 @@
 //! The way of the kernel's requests to the host: what need not go there is answered, and what is long goes through the
 //! window, where there is one.
 
+use std::cell::Cell;
 use std::convert::Infallible;
 use std::io;
 
 use agent::protocol::{CALLS, PLACE, PLACED_FROM, REQUEST_PLACED, WINDOW, for_host};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
 use super::call::{Caller, Calls};
@@ -22,6 +24,9 @@ const READ_SIZE: usize = IN_HEADER + 16;
 /// The opcode `FUSE_WRITE`. Others are long too, but not often, and some have no reply that would free a slot.
 const WRITE: u32 = 16;
 
+/// For how many requests that are answered here a file that was written may wait to be closed.
+const OWED_FOR: u32 = 8;
+
 const _: () = assert!(SLOT >= MAX_MESSAGE);
 
 /// Carries requests until there are no more, and returns why.
@@ -31,6 +36,7 @@ pub fn carry(to: &Outbox, calls: Option<Calls>, delivery: &Delivery) -> Why {
         delivery,
         // Without calls, all goes over the stream.
         caller: calls.and_then(|calls| Caller::new(calls).ok()),
+        owes: Cell::new(0),
     };
     let Err(why) = way.carry();
     why
@@ -65,6 +71,8 @@ struct Way<'a> {
     to: &'a Outbox,
     delivery: &'a Delivery,
     caller: Option<Caller>,
+    /// Where a file that was written is to be closed: after so many requests, or before this thread waits.
+    owes: Cell<u32>,
 }
 
 impl<'a> Way<'a> {
@@ -76,6 +84,9 @@ impl<'a> Way<'a> {
         // Requests are read to here where a slot is free, as a long one stays where it is then.
         let mut slot: Option<Slot<'a>> = None;
         loop {
+            if self.owes.get() > 0 && !self.is_asked_at_once() {
+                self.settle();
+            }
             let buffer = match &mut slot {
                 Some(slot) => slot.bytes_mut(),
                 None => &mut own[..],
@@ -88,6 +99,10 @@ impl<'a> Way<'a> {
             match Long::of(request) {
                 Some(long) => slot = self.send_long(long, slot.take(), &own)?,
                 None if outbox::can_wait(request) => self.to.hold(request).map_err(unsent)?,
+                None if outbox::is_release(request) => {
+                    self.to.hold_briefly(request).map_err(unsent)?;
+                    self.owes.set(OWED_FOR);
+                }
                 None => self.ask(request)?,
             }
         }
@@ -118,7 +133,36 @@ impl<'a> Way<'a> {
         false
     }
 
+    /// Whether whoever runs when this thread does not has asked for something, and what is owed may wait for that: who
+    /// closes one of many files asks for the next.
+    fn is_asked_at_once(&self) -> bool {
+        const NOT_AT_ALL: Timespec = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        self.owes.set(self.owes.get() - 1);
+        if self.owes.get() == 0 {
+            return false;
+        }
+        std::thread::yield_now();
+        let asked = &mut [PollFd::new(&*self.delivery.device, PollFlags::IN)];
+        poll(asked, Some(&NOT_AT_ALL)).is_ok_and(|ready| ready > 0)
+    }
+
+    /// Tells the host what it was not told yet, by a call, or else by the stream.
+    fn settle(&mut self) {
+        self.owes.set(0);
+        if let Some(caller) = &mut self.caller {
+            self.to.pass_on(|held| {
+                let answer = caller.ask(&[], held)?;
+                Some((answer.taken, ()))
+            });
+        }
+        self.to.flush();
+    }
+
     fn send(&self, message: &[u8]) -> Result<(), Why> {
+        self.owes.set(0);
         self.to.send(message).map_err(unsent)
     }
 
@@ -127,6 +171,9 @@ impl<'a> Way<'a> {
         let answered = self.caller.as_mut().and_then(|caller| {
             self.to.pass_on(|held| {
                 let answer = caller.ask(message, held)?;
+                if answer.taken == held.len() {
+                    self.owes.set(0);
+                }
                 Some((answer.taken, answer.messages))
             })
         });

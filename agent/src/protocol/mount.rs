@@ -82,6 +82,10 @@ pub const NEW: i32 = i32::MAX - 2;
 /// and the reply to a `FUSE_GETATTR` for it. Among those of one folder, a message with a lower number may say less.
 pub const ATTRIBUTES: i32 = i32::MAX - 3;
 
+/// The same for a directory that was made just now, is empty, and of which the kernel is told what the host changes in it:
+/// the number of its node, and for how many seconds the kernel may believe that a name is not there; both are u64.
+pub const EMPTY: i32 = i32::MAX - 5;
+
 /// The same for the reply to a request with this `unique`, u64, which has this length, u64, and lies in the slot that
 /// came with the request ([`PLACE`]).
 pub const PLACED: i32 = i32::MAX - 4;

@@ -12,7 +12,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 
 use agent::protocol::{
-    AFTER_REPLIES, ATTRIBUTES, CALLS, LIST, NEW, PLACE, PLACED, REQUEST_PLACED, WINDOW, for_agent,
+    AFTER_REPLIES, ATTRIBUTES, CALLS, EMPTY, LIST, NEW, PLACE, PLACED, REQUEST_PLACED, WINDOW,
+    for_agent,
 };
 use rustix::io::Errno;
 use share::wire::Opcode;
@@ -357,6 +358,7 @@ pub fn told(advice: &Advice) -> Vec<u8> {
     match advice {
         Advice::List { dir, entries } => for_agent(LIST, &[*dir, (*entries).into()], &[]),
         Advice::New { node } => for_agent(NEW, &[*node], &[]),
+        Advice::Empty { node, validity } => for_agent(EMPTY, &[*node, *validity], &[]),
         Advice::Attributes {
             node,
             number,

@@ -19,7 +19,9 @@ const ENTRIES: u32 = 16;
 impl Share {
     /// What to advise with the reply to `message`, whose bytes are `reply`.
     pub(crate) fn advice(&self, message: &[u8], reply: &[u8]) -> Vec<Advice> {
-        use Opcode::{Create, Link, Lookup, Mkdir, Mknod, Rmdir, Symlink, Unlink};
+        use Opcode::{
+            Create, Link, Lookup, Mkdir, Mknod, Readdir, Readdirplus, Rmdir, Symlink, Unlink,
+        };
         let mut advice = Vec::new();
         // What is soon not believed any more is not worth it.
         if self.validity(true) <= BRIEFLY {
@@ -31,18 +33,24 @@ impl Share {
         match opcode {
             Lookup if is_believed(reply) => advice.extend(self.listing(header.nodeid)),
             Create | Link | Mkdir | Mknod | Rmdir | Symlink | Unlink => {
-                advice.extend(self.changed(header.nodeid));
-                if opcode == Create {
-                    advice.extend(self.is_new(reply).filter(|_| is_believed(reply)));
+                advice.extend(self.attributes(header.nodeid));
+                match opcode {
+                    Create => advice.extend(self.is_new(reply).filter(|_| is_believed(reply))),
+                    Mkdir => advice.extend(self.is_empty(reply)),
+                    _ => {}
                 }
+            }
+            // It has been read to its end, by which its time of access may be another.
+            Readdir | Readdirplus if reply.len() == OUT_HEADER_LEN => {
+                advice.extend(self.attributes(header.nodeid));
             }
             _ => {}
         }
         advice
     }
 
-    /// A directory has other attributes now.
-    fn changed(&self, node: u64) -> Option<Advice> {
+    /// What attributes a directory has now: its kernel does not know them any more.
+    fn attributes(&self, node: u64) -> Option<Advice> {
         // What was changed before this number was taken is seen in what is looked at after.
         let number = self.changes.fetch_add(1, Ordering::SeqCst) + 1;
         let attributes = self.getattr(node).ok()?;
@@ -59,6 +67,19 @@ impl Share {
         let inode = self.inodes.get(node).ok()?;
         let is_new = inode.is_new.swap(false, Ordering::Relaxed);
         is_new.then_some(Advice::New { node })
+    }
+
+    /// A directory that was made, if the guest is told from now on of what the host makes in there, and the host has not yet.
+    fn is_empty(&self, reply: &[u8]) -> Option<Advice> {
+        let node = entry(reply)?.nodeid;
+        let (inode, dir) = self.dir(node).ok()?;
+        let watched = self.watch_dir(&inode, &dir);
+        let validity = self.validity(watched);
+        if validity <= BRIEFLY || !self.has_no_entries(&inode, &dir).ok()? {
+            return None;
+        }
+        let validity = validity.as_secs();
+        Some(Advice::Empty { node, validity })
     }
 
     /// One more name was found in a directory.

@@ -2,13 +2,17 @@
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, chown};
+use std::path::Path;
 use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use share::Options;
 
 use super::{Asked, Folder, Place, shell};
 use crate::tests::eventually;
 
+const LOOKUP: u32 = 1;
 const GETATTR: u32 = 3;
 const GETXATTR: u32 = 22;
 const READDIR: u32 = 28;
@@ -104,7 +108,7 @@ fn the_attributes_of_a_directory_that_is_worked_in_are_known_and_right() {
     assert!(same("dir"));
     // Through all queues at once, the last one has the last word.
     for round in 0..20 {
-        std::thread::scope(|scope| {
+        thread::scope(|scope| {
             for worker in 0..4 {
                 let dir = &dir;
                 scope.spawn(move || {
@@ -121,4 +125,76 @@ fn the_attributes_of_a_directory_that_is_worked_in_are_known_and_right() {
         shell(source.path(), &format!("mkdir dir/host.{round}"));
         eventually("the host's change is seen", || same("dir"));
     }
+}
+
+#[test]
+fn nobody_asks_for_names_in_a_directory_that_was_made_just_now() {
+    let (source, at) = (Place::new(), Place::new());
+    let Some(folder) = Folder::mount(source.path(), &Asked::at(at.path()), Options::default())
+    else {
+        return;
+    };
+    let (dir, host) = (at.path().join("dir"), source.path().join("dir"));
+    fs::create_dir(&dir).unwrap();
+    let asked = count(&folder, &[LOOKUP]);
+    for number in 0..20 {
+        let name = dir.join(format!("file {number}"));
+        assert!(!fs::exists(&name).unwrap());
+        fs::write(&name, "content").unwrap();
+        fs::create_dir(name.with_extension("dir")).unwrap();
+        fs::write(name.with_extension("dir").join("file"), "").unwrap();
+    }
+    assert_eq!(count(&folder, &[LOOKUP]), asked);
+    for number in 0..20 {
+        let name = format!("file {number}");
+        assert_eq!(fs::read_to_string(dir.join(&name)).unwrap(), "content");
+        assert!(fs::exists(host.join(format!("{name}.dir/file"))).unwrap());
+    }
+    // What the host makes was not there a moment ago.
+    for number in 0..20 {
+        let name = format!("of the host {number}");
+        assert!(!fs::exists(dir.join(&name)).unwrap());
+        shell(&host, &format!("> '{name}'"));
+        eventually("the host's file is seen", || {
+            fs::exists(dir.join(&name)).unwrap()
+        });
+    }
+    // All names are asked for again, of which none has been seen yet.
+    let asked = count(&folder, &[LOOKUP]);
+    assert!(!fs::exists(dir.join("neither")).unwrap());
+    assert!(count(&folder, &[LOOKUP]) > asked);
+}
+
+#[test]
+fn a_directory_that_the_host_fills_at_once_is_not_taken_for_empty() {
+    let (source, at) = (Place::new(), Place::new());
+    let Some(_folder) = Folder::mount(source.path(), &Asked::at(at.path()), Options::default())
+    else {
+        return;
+    };
+    // Makes a file in each directory as soon as it sees it, and gives up where the test has.
+    const FILL: &str = "for n in $(seq 0 199); do \
+        until > dir$n/file; do [ ! -e ended ] || exit 0; done; done 2>/dev/null";
+    thread::scope(|scope| {
+        scope.spawn(|| shell(source.path(), FILL));
+        for number in 0..200 {
+            let dir = at.path().join(format!("dir{number}"));
+            fs::create_dir(&dir).unwrap();
+            if !is_seen(&dir.join("file")) {
+                fs::write(source.path().join("ended"), "").unwrap();
+                panic!("the host's file in {} is not seen", dir.display());
+            }
+        }
+    });
+}
+
+/// Whether a file is there within some seconds.
+fn is_seen(file: &Path) -> bool {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while Instant::now() < deadline {
+        if fs::exists(file).unwrap() {
+            return true;
+        }
+    }
+    false
 }

@@ -17,8 +17,8 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use agent::protocol::{
-    self, ATTRIBUTES, FromMount, LIST, Mount, MountPoint, MountStream, Mounted, NEW, Open, ToMount,
-    for_agent,
+    self, AFTER_REPLIES, ATTRIBUTES, EMPTY, FromMount, LIST, Mount, MountPoint, MountStream,
+    Mounted, NEW, Open, ToMount, for_agent,
 };
 use rustix::mount::UnmountFlags;
 use share::{Advice, Channel, HostEvent, Options, Share};
@@ -34,6 +34,8 @@ struct Queue {
     to: Mutex<UnixStream>,
     /// The opcodes of all requests.
     seen: Arc<Mutex<Vec<u32>>>,
+    /// How many replies there were.
+    replies: AtomicU64,
 }
 
 impl Queue {
@@ -42,6 +44,7 @@ impl Queue {
             from: Mutex::new(stream.try_clone().unwrap()),
             to: Mutex::new(stream.try_clone().unwrap()),
             seen: Arc::clone(seen),
+            replies: AtomicU64::new(0),
         }
     }
 }
@@ -61,8 +64,8 @@ impl Channel for Queue {
     }
 
     fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
-        let parts: Vec<&[u8]> = parts.iter().map(|part| &**part).collect();
-        self.to.lock().unwrap().write_all(&parts.concat())
+        self.replies.fetch_add(1, Ordering::Relaxed);
+        send(&self.to, parts)
     }
 
     fn takes_advice(&self) -> bool {
@@ -73,6 +76,7 @@ impl Channel for Queue {
         let told = |advice: &Advice| match advice {
             Advice::List { dir, entries } => for_agent(LIST, &[*dir, (*entries).into()], &[]),
             Advice::New { node } => for_agent(NEW, &[*node], &[]),
+            Advice::Empty { node, validity } => for_agent(EMPTY, &[*node, *validity], &[]),
             Advice::Attributes {
                 node,
                 number,
@@ -88,6 +92,36 @@ impl Channel for Queue {
     fn answers_releases(&self) -> bool {
         true
     }
+}
+
+/// The way of notifications, which come after all replies that were sent before them.
+struct Notices {
+    to: Mutex<UnixStream>,
+    queues: Vec<Arc<Queue>>,
+}
+
+impl Channel for Notices {
+    fn receive(&self, _: &mut [u8]) -> io::Result<usize> {
+        Ok(0)
+    }
+
+    fn send(&self, parts: &[IoSlice<'_>]) -> io::Result<()> {
+        let replies = self.queues.iter();
+        let mut counts: Vec<_> = replies
+            .map(|queue| queue.replies.load(Ordering::Relaxed))
+            .collect();
+        // Nothing is called here.
+        counts.resize(2 * counts.len(), 0);
+        let after = for_agent(AFTER_REPLIES, &counts, &[]);
+        let mut both = vec![IoSlice::new(&after)];
+        both.extend(parts);
+        send(&self.to, &both)
+    }
+}
+
+fn send(to: &Mutex<UnixStream>, parts: &[IoSlice<'_>]) -> io::Result<()> {
+    let parts: Vec<&[u8]> = parts.iter().map(|part| &**part).collect();
+    to.lock().unwrap().write_all(&parts.concat())
 }
 
 /// What a host asks for.
@@ -161,20 +195,27 @@ impl Folder {
         let (mount, control) = ask(asked);
         let mut streams = Vec::new();
         let seen = Arc::default();
+        let mut queues = Vec::new();
         for queue in 0..asked.queues {
             let kind = MountStream::Requests { queue };
             let stream = connect(&Open::MountStream { mount, kind });
             stream.set_read_timeout(None).unwrap();
-            let (queue, served) = (Queue::new(&stream, &seen), share.clone());
+            let queue = Arc::new(Queue::new(&stream, &seen));
+            queues.push(queue.clone());
+            let served = share.clone();
             thread::spawn(move || {
                 // A queue may break off in the middle of a message when the test ends it.
-                let _ = share::serve(&served, &queue);
+                let _ = share::serve(&served, &*queue);
             });
             streams.push(stream);
         }
         let kind = MountStream::Notifications;
         let stream = connect(&Open::MountStream { mount, kind });
-        let (notices, watched) = (Queue::new(&stream, &seen), share.clone());
+        let notices = Notices {
+            to: Mutex::new(stream.try_clone().unwrap()),
+            queues,
+        };
+        let watched = share.clone();
         let (tell, events) = mpsc::channel();
         thread::spawn(move || {
             let mut tell = |events: &[HostEvent]| {
