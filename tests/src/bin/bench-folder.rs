@@ -103,6 +103,16 @@ struct Options {
     write: bool,
     rounds: usize,
     size: Size,
+    chosen: Chosen,
+}
+
+/// What of it all is measured.
+#[derive(Default)]
+struct Chosen {
+    /// Rows that have this in their names.
+    only: String,
+    /// Not this way.
+    without: String,
 }
 
 impl Options {
@@ -111,20 +121,37 @@ impl Options {
             write: false,
             rounds: 3,
             size: Size { divisor: 1 },
+            chosen: Chosen::default(),
         };
         while let Some(word) = words.next() {
-            let mut number = || {
-                let value = words.next().and_then(|value| value.parse().ok());
+            if word == "--write" {
+                options.write = true;
+                continue;
+            }
+            let value = words.next().unwrap_or_default();
+            let number = || {
+                let value = value.parse().ok();
                 value.unwrap_or_else(|| panic!("{word} takes a number"))
             };
             match &*word {
-                "--write" => options.write = true,
                 "--rounds" => options.rounds = number() as usize,
                 "--divide" => options.size.divisor = number(),
-                other => panic!("{other}: the options are --write, --rounds N and --divide N"),
+                "--only" => options.chosen.only = value,
+                "--without" => options.chosen.without = value,
+                other => panic!(
+                    "{other}: the options are --write, --rounds N, --divide N, --only ROW and --without WAY"
+                ),
             }
         }
         options
+    }
+}
+
+impl Chosen {
+    fn rows(&self, size: Size) -> Vec<Row> {
+        let mut rows = rows(size);
+        rows.retain(|row| row.name.contains(&self.only));
+        rows
     }
 }
 
@@ -134,9 +161,12 @@ fn main() {
         // Where the guests are.
         Some("measure") => {
             let [image, tree, rounds, divisor] = [(); 4].map(|()| words.next().expect("a word"));
+            let [only, without] = [(); 2].map(|()| words.next().expect("a word"));
             let divisor = divisor.parse().expect("a number");
             let rounds = rounds.parse().expect("a number");
-            measure(image.as_ref(), tree.as_ref(), rounds, Size { divisor });
+            let chosen = Chosen { only, without };
+            let size = Size { divisor };
+            measure(image.as_ref(), tree.as_ref(), rounds, size, &chosen);
         }
         first => run(&Options::parse(
             first.map(str::to_owned).into_iter().chain(words),
@@ -154,6 +184,7 @@ fn run(options: &Options) {
     words.extend([binary, own.into(), "measure".into()]);
     words.extend([material.image.into(), material.tree.into()]);
     words.extend([options.rounds.to_string(), options.size.divisor.to_string()].map(Into::into));
+    words.extend([&options.chosen.only, &options.chosen.without].map(Into::into));
     let mut command = match host::is_emulated() {
         true => {
             let mut command = Command::new(host::mvm());
@@ -186,7 +217,12 @@ fn run(options: &Options) {
 }
 
 fn show(options: &Options, figures: &Figures) {
-    let Options { size, rounds, .. } = options;
+    let Options {
+        size,
+        rounds,
+        chosen,
+        ..
+    } = options;
     let heading = format!(
         "Rounds: {rounds}; {} files are looked at, {} are unpacked, and the large one has {} MiB. Guests have the \
          kernel of `mvm kernel build`, 3 GiB, and as many CPUs as the host; {}.",
@@ -198,7 +234,8 @@ fn show(options: &Options, figures: &Figures) {
             false => "hardware KVM",
         },
     );
-    let rows: Vec<_> = rows(*size).iter().map(|row| (row.name, row.unit)).collect();
+    let rows = chosen.rows(*size);
+    let rows: Vec<_> = rows.iter().map(|row| (row.name, row.unit)).collect();
     let table = table::show(&heading, figures, &rows, &WAYS.map(|(way, _)| way), &GOALS);
     print!("{table}");
     if options.write {
@@ -208,7 +245,7 @@ fn show(options: &Options, figures: &Figures) {
 }
 
 /// Measures everything, and says each figure in a line: what, how, and seconds.
-fn measure(image: &Path, tree: &Path, rounds: usize, size: Size) {
+fn measure(image: &Path, tree: &Path, rounds: usize, size: Size, chosen: &Chosen) {
     eprintln!("unpacking {} files on the host", size.tree());
     let place = Place::new(tree);
     let root = place.path("root.ext4");
@@ -222,10 +259,10 @@ fn measure(image: &Path, tree: &Path, rounds: usize, size: Size) {
         guest.work("read /bench/small.tar").expect("it is there");
     }
     for round in 1..=rounds {
-        for row in rows(size) {
+        for row in chosen.rows(size) {
             // In turns, so that whatever else the host does meets all of them.
             for (way, at) in WAYS {
-                if way == "virtiofs" && daemon.is_none() {
+                if way == chosen.without || way == "virtiofs" && daemon.is_none() {
                     continue;
                 }
                 let guest = match way {
