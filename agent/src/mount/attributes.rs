@@ -9,22 +9,22 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::message::{self, IN_HEADER, OUT_HEADER};
+use super::message::{self, OUT_HEADER};
 
 /// As many directories are kept in mind, with some 200 bytes each.
 const REMEMBERED: usize = 1024;
 
-/// The opcodes `FUSE_GETATTR`, and `FUSE_RENAME` and `FUSE_RENAME2`.
+/// The opcode `FUSE_GETATTR`.
 const GETATTR: u32 = 3;
-const RENAMES: [u32; 2] = [12, 45];
+
+/// Requests that change, besides the directories that they name, one of which they tell a name only: `FUSE_RMDIR`,
+/// `FUSE_RENAME` and `FUSE_RENAME2`.
+const CHANGE_OTHERS: [u32; 3] = [11, 12, 45];
 
 /// Requests that change nothing of the node that they are for: `FUSE_LOOKUP`, `FUSE_FORGET`, `FUSE_READLINK`,
 /// `FUSE_STATFS`, `FUSE_GETXATTR`, `FUSE_LISTXATTR`, `FUSE_OPENDIR`, `FUSE_RELEASEDIR`, `FUSE_INTERRUPT` and
 /// `FUSE_BATCH_FORGET`.
 const CHANGE_NOTHING: [u32; 10] = [1, 2, 5, 17, 22, 23, 27, 29, 36, 42];
-
-/// `fuse_rename_in.newdir` and `fuse_rename2_in.newdir`.
-const NEW_DIRECTORY: usize = IN_HEADER;
 
 /// The length of `fuse_attr_out`, and of a reply with it.
 const ATTRIBUTES: usize = 104;
@@ -70,8 +70,8 @@ impl Attributes {
             return None;
         }
         let attributes = state.forget(node);
-        if RENAMES.contains(&opcode) {
-            state.forget(message::number(request, NEW_DIRECTORY)?);
+        if CHANGE_OTHERS.contains(&opcode) {
+            state.known.clear();
         }
         let attributes = attributes.filter(|_| opcode == GETATTR)?;
         let mut reply = message::reply::<REPLY>(request, 0)?;
@@ -160,12 +160,14 @@ mod tests {
         known.add(5, 1, &[1; ATTRIBUTES]);
         assert_eq!(known.reply_to(&request(MKDIR, 5)), None);
         assert_eq!(asked(&known, 5), None);
-        known.add(6, 2, &[2; ATTRIBUTES]);
-        let mut rename = request(RENAMES[0], 5);
-        rename[NEW_DIRECTORY] = 6;
-        assert_eq!(known.reply_to(&rename), None);
-        assert_eq!(asked(&known, 6), None);
-        known.add(7, 3, &[3; ATTRIBUTES]);
+        // One of them may be what is renamed or removed.
+        for (number, opcode) in (2..).step_by(2).zip(CHANGE_OTHERS) {
+            known.add(6, number, &[2; ATTRIBUTES]);
+            known.add(7, number + 1, &[3; ATTRIBUTES]);
+            assert_eq!(known.reply_to(&request(opcode, 5)), None);
+            assert_eq!((asked(&known, 6), asked(&known, 7)), (None, None));
+        }
+        known.add(7, 100, &[3; ATTRIBUTES]);
         known.forget(7);
         assert_eq!(asked(&known, 7), None);
     }

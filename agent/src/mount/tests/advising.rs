@@ -198,3 +198,31 @@ fn is_seen(file: &Path) -> bool {
     }
     false
 }
+
+#[test]
+fn a_directory_that_was_listed_has_its_own_attributes_when_it_is_renamed_and_removed() {
+    let (source, at) = (Place::new(), Place::new());
+    let Some(_folder) = Folder::mount(source.path(), &Asked::at(at.path()), Options::default())
+    else {
+        return;
+    };
+    // Not `fs::metadata`, which asks for the time of birth, too: that is another request.
+    let changed = |dir: &Path| {
+        let seen = rustix::fs::stat(dir).unwrap();
+        (seen.st_ctime, seen.st_ctime_nsec, seen.st_nlink)
+    };
+    for number in 0..10 {
+        let [old, new] = ["old", "new"].map(|name| format!("{name}{number}"));
+        fs::create_dir(at.path().join(&old)).unwrap();
+        assert_eq!(fs::read_dir(at.path().join(&old)).unwrap().count(), 0);
+        // Later than all that was done to it, by the host's clock.
+        thread::sleep(Duration::from_millis(10));
+        fs::rename(at.path().join(&old), at.path().join(&new)).unwrap();
+        let [here, host] = [&at, &source].map(|place| changed(&place.path().join(&new)));
+        assert_eq!(here, host, "renamed");
+        let dir = fs::File::open(at.path().join(&new)).unwrap();
+        assert_eq!(fs::read_dir(at.path().join(&new)).unwrap().count(), 0);
+        fs::remove_dir(at.path().join(&new)).unwrap();
+        assert_eq!(rustix::fs::fstat(&dir).unwrap().st_nlink, 0, "removed");
+    }
+}
