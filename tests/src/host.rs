@@ -13,7 +13,7 @@ use serde_json::Value;
 use crate::process::{Output, POLL, Running};
 
 /// The longest that any one step may take: an emulator on a busy machine is slow.
-pub const LIMIT: Duration = Duration::from_secs(180);
+pub const LIMIT: Duration = Duration::from_secs(400);
 
 /// The binary under test.
 pub fn mvm() -> &'static Path {

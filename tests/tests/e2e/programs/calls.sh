@@ -23,7 +23,7 @@ cd "$dir/data"
     done
     touch made
     # Each sees at once what the other does.
-    for number in $(seq 1 60); do
+    for number in $(seq 1 30); do
         wait_for ping $number
         echo $number >pong
     done
@@ -55,7 +55,7 @@ answered() {
     read found <pong && [ "$found" = "$1" ]
 }
 touch pong
-for number in $(seq 1 60); do
+for number in $(seq 1 30); do
     echo $number >ping
     wait_until answered $number
 done
