@@ -14,6 +14,9 @@ use super::message::{self, IN_HEADER, OUT_HEADER};
 const DIRECTORIES: usize = 32;
 const NAMES: usize = 4096;
 
+/// The longest name of which it is said that it is not there, bytes: filesystems refuse names from 144 on.
+const LONGEST: usize = 128;
+
 /// The opcodes `FUSE_LOOKUP`, and `FUSE_RENAME` and `FUSE_RENAME2`.
 const LOOKUP: u32 = 1;
 const RENAME: u32 = 12;
@@ -47,7 +50,7 @@ struct Directory {
     node: u64,
     /// How long it is believed that a name is not there, seconds.
     validity: u64,
-    /// Hashes of the names that may be there. Of two with one hash, the host is asked for either.
+    /// Hashes of the names that may be there, in lower case. Of two with one hash, the host is asked for either.
     names: HashSet<u64>,
 }
 
@@ -85,8 +88,7 @@ impl Whole {
         if opcode == LOOKUP {
             let directory = directories.iter().find(|known| known.node == node)?;
             let name = name(request, at)?;
-            // A directory's handle is looked up by these, which are there always.
-            if matches!(name, b"." | b"..") || directory.names.contains(&self.hash(name)) {
+            if !is_plain(name) || directory.names.contains(&self.hash(name)) {
                 return None;
             }
             answer(&absent(request, directory.validity)?);
@@ -100,7 +102,7 @@ impl Whole {
         let at = directories.iter().position(|known| known.node == node)?;
         let names = &mut directories.get_mut(at)?.names;
         names.insert(self.hash(name));
-        if names.len() > NAMES {
+        if names.len() > NAMES || !is_plain(name) {
             directories.remove(at);
         }
         None
@@ -112,7 +114,7 @@ impl Whole {
     }
 
     fn hash(&self, name: &[u8]) -> u64 {
-        self.hasher.hash_one(name)
+        self.hasher.hash_one(name.to_ascii_lowercase())
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<Directory>> {
@@ -120,6 +122,15 @@ impl Whole {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Whether a name stands for itself and what differs from it in case, whatever the host's filesystem takes for equal, and is
+/// not too long for any. `.` and `..`, by which handles are looked up, are none.
+fn is_plain(name: &[u8]) -> bool {
+    name.is_ascii()
+        && name.len() <= LONGEST
+        && !name.contains(&b'~')
+        && !matches!(name.last(), None | Some(b'.' | b' '))
 }
 
 /// The name in a request that begins at `at`.
@@ -229,6 +240,28 @@ mod tests {
         assert_eq!(whole.lock().len(), DIRECTORIES);
         whole.add(999, 1);
         assert_eq!(whole.lock().len(), DIRECTORIES);
+    }
+
+    #[test]
+    fn names_that_filesystems_may_refuse_or_take_for_others_are_asked_for() {
+        let whole = Whole::default();
+        let make = |name: &str| {
+            let name = format!("{name}\0target\0");
+            whole.answer(&request(6, 5, name.as_bytes()), |_| ());
+        };
+        whole.add(5, 1);
+        make("File");
+        for name in ["file", "FILE", "", "a.", "a ", "longfi~1", "\u{212a}"] {
+            assert!(!is_absent(&whole, 5, name), "{name:?}");
+        }
+        assert!(is_absent(&whole, 5, &"n".repeat(LONGEST)));
+        assert!(!is_absent(&whole, 5, &"n".repeat(LONGEST + 1)));
+        for name in ["\u{212a}", "a. ", "~"] {
+            whole.add(5, 1);
+            assert!(is_absent(&whole, 5, "k"));
+            make(name);
+            assert!(!is_absent(&whole, 5, "k"), "{name:?}");
+        }
     }
 
     #[test]
