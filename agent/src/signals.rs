@@ -40,26 +40,14 @@ pub fn block() {
 /// Starts the thread that waits for them; they must be [blocked](block) in all threads.
 pub fn start(machine: &Arc<Machine>) -> io::Result<()> {
     let machine = Arc::clone(machine);
-    let wait = move || {
-        // SAFETY: `set` is a valid set, which sigwaitinfo only reads; it may leave no information.
-        let signal = unsafe { libc::sigwaitinfo(&set(), ptr::null_mut()) };
+    start_waiting(move |signal| {
         let asked = requests()
             .into_iter()
             .find(|(request, _)| *request == signal);
         if let Some((_, ending)) = asked {
             power::end(&machine, GRACE, ending);
         }
-    };
-    let forever = move || {
-        loop {
-            wait();
-        }
-    };
-    thread::Builder::new()
-        .name("signals".to_owned())
-        .stack_size(64 << 10)
-        .spawn(forever)?;
-    Ok(())
+    })
 }
 
 /// Starts the thread that does `brace` where an init asks all processes to end; the signals must be
@@ -67,12 +55,19 @@ pub fn start(machine: &Arc<Machine>) -> io::Result<()> {
 ///
 /// Whoever carries the root lives on until it is killed, so that those have their files who have something to do.
 pub fn outlive(brace: fn()) -> io::Result<()> {
+    start_waiting(move |signal| {
+        if signal == libc::SIGTERM {
+            brace();
+        }
+    })
+}
+
+/// Starts the thread that does `each` with every signal that comes.
+fn start_waiting(each: impl Fn(libc::c_int) + Send + 'static) -> io::Result<()> {
     let forever = move || {
         loop {
             // SAFETY: `set` is a valid set, which sigwaitinfo only reads; it may leave no information.
-            if unsafe { libc::sigwaitinfo(&set(), ptr::null_mut()) } == libc::SIGTERM {
-                brace();
-            }
+            each(unsafe { libc::sigwaitinfo(&set(), ptr::null_mut()) });
         }
     };
     thread::Builder::new()

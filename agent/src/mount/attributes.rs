@@ -6,7 +6,7 @@
 //! nothing else may have changed them: what the host changes is told after that reply (`super::order`), and
 //! what the guest changes passes through here.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::message::{self, OUT_HEADER};
@@ -38,9 +38,10 @@ pub struct Attributes(Mutex<State>);
 struct State {
     /// The highest number so far.
     latest: u64,
-    known: HashMap<u64, [u8; ATTRIBUTES]>,
-    /// Which became known in what order, the first in front. Some may not be known any more.
-    order: VecDeque<u64>,
+    /// By node: the number of the message that said them, and the attributes.
+    known: HashMap<u64, (u64, [u8; ATTRIBUTES])>,
+    /// The same nodes by number: those that were said first in front.
+    order: BTreeMap<u64, u64>,
 }
 
 impl Attributes {
@@ -55,7 +56,14 @@ impl Attributes {
             return;
         }
         state.latest = number;
-        state.add(node, attributes);
+        state.forget(node);
+        state.known.insert(node, (number, attributes));
+        state.order.insert(number, node);
+        if state.known.len() > REMEMBERED
+            && let Some((_, oldest)) = state.order.pop_first()
+        {
+            state.known.remove(&oldest);
+        }
     }
 
     /// The reply to a request for such attributes; None where the host is to be asked.
@@ -72,6 +80,7 @@ impl Attributes {
         let attributes = state.forget(node);
         if CHANGE_OTHERS.contains(&opcode) {
             state.known.clear();
+            state.order.clear();
         }
         let attributes = attributes.filter(|_| opcode == GETATTR)?;
         let mut reply = message::reply::<REPLY>(request, 0)?;
@@ -90,27 +99,11 @@ impl Attributes {
 }
 
 impl State {
-    fn add(&mut self, node: u64, attributes: [u8; ATTRIBUTES]) {
-        self.known.insert(node, attributes);
-        self.order.push_back(node);
-        if self.order.len() > 2 * REMEMBERED {
-            // Those that became known again, and those that were used.
-            let mut latest = HashSet::new();
-            let is_latest = |node: &u64| self.known.contains_key(node) && latest.insert(*node);
-            let mut order: VecDeque<_> = self.order.drain(..).rev().filter(is_latest).collect();
-            order.make_contiguous().reverse();
-            self.order = order;
-        }
-        while self.known.len() > REMEMBERED
-            && let Some(oldest) = self.order.pop_front()
-        {
-            self.known.remove(&oldest);
-        }
-    }
-
     /// Takes out what is known of a directory.
     fn forget(&mut self, node: u64) -> Option<[u8; ATTRIBUTES]> {
-        self.known.remove(&node)
+        let (number, attributes) = self.known.remove(&node)?;
+        self.order.remove(&number);
+        Some(attributes)
     }
 }
 
