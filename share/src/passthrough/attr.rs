@@ -222,7 +222,7 @@ impl Share {
     }
 
     /// The same of what `held` stands for.
-    fn recall_held(&self, inode: &Inode, held: &Held, stat: &Stat) -> Override {
+    pub(super) fn recall_held(&self, inode: &Inode, held: &Held, stat: &Stat) -> Override {
         let watched = self.is_watched_above(inode);
         self.recall(inode, stat, watched, || self.owners.recall(inode, held))
     }
@@ -279,7 +279,7 @@ impl Share {
     pub(crate) fn access(&self, id: u64, ids: Ids, mask: u32) -> Result<(), Errno> {
         let (inode, held) = self.held(id)?;
         let stat = Stat::fd(held.as_fd())?;
-        let over = self.owners.recall(&inode, &held);
+        let over = self.recall_held(&inode, &held, &stat);
         let seen = self.owners.seen(&stat, &over);
         let mask = mask & 0o7;
         if mask & 0o2 != 0 {

@@ -157,7 +157,7 @@ impl Share {
 
     fn kill_setgid(&self, inode: &Inode, held: &Held) -> Result<(), Errno> {
         let stat = Stat::fd(held.as_fd())?;
-        let over = self.owners.recall(inode, held);
+        let over = self.recall_held(inode, held, &stat);
         let mode = self.owners.seen(&stat, &over).mode;
         match mode & 0o2000 {
             0 => Ok(()),

@@ -20,46 +20,47 @@ static UNSEEN: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 /// Files that are shared by themselves, and may be changed that way.
 static SINGLE: Mutex<Vec<Key>> = Mutex::new(Vec::new());
 
+/// What a share is listed with, for as long as this exists.
+#[derive(Debug)]
+pub(crate) struct Listed<T: PartialEq + 'static> {
+    list: &'static Mutex<Vec<T>>,
+    entry: T,
+}
+
+impl<T: PartialEq + Clone> Listed<T> {
+    fn on(list: &'static Mutex<Vec<T>>, entry: T) -> Self {
+        lock(list).push(entry.clone());
+        Self { list, entry }
+    }
+}
+
+impl<T: PartialEq> Drop for Listed<T> {
+    fn drop(&mut self) {
+        let mut list = lock(self.list);
+        if let Some(at) = list.iter().position(|entry| *entry == self.entry) {
+            list.swap_remove(at);
+        }
+    }
+}
+
 /// A share that may change what it does not watch: while this exists, everything below its directory may be
 /// its doing.
-#[derive(Debug)]
-pub(crate) struct Unseen(PathBuf);
+pub(crate) type Unseen = Listed<PathBuf>;
 
 impl Unseen {
     /// That of a share of `root`, which is absolute and has no symbolic links in it.
     pub fn new(root: &Path) -> Self {
-        lock(&UNSEEN).push(root.to_owned());
-        Self(root.to_owned())
-    }
-}
-
-impl Drop for Unseen {
-    fn drop(&mut self) {
-        let mut unseen = lock(&UNSEEN);
-        if let Some(at) = unseen.iter().position(|root| *root == self.0) {
-            unseen.swap_remove(at);
-        }
+        Self::on(&UNSEEN, root.to_owned())
     }
 }
 
 /// A share of a single file, which it may change: while this exists, whatever happens to the file may be its doing.
-#[derive(Debug)]
-pub(crate) struct Single(Key);
+pub(crate) type Single = Listed<Key>;
 
 impl Single {
     /// That of a share of `file`.
     pub fn new(file: Key) -> Self {
-        lock(&SINGLE).push(file);
-        Self(file)
-    }
-}
-
-impl Drop for Single {
-    fn drop(&mut self) {
-        let mut single = lock(&SINGLE);
-        if let Some(at) = single.iter().position(|file| *file == self.0) {
-            single.swap_remove(at);
-        }
+        Self::on(&SINGLE, file)
     }
 }
 
