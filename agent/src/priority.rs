@@ -21,6 +21,8 @@ pub fn raise_this_thread() {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
 
     #[test]
@@ -31,8 +33,7 @@ mod tests {
         };
         let raised = std::thread::spawn(move || {
             raise_this_thread();
-            let output = std::process::Command::new("nice").output().unwrap();
-            let of_child = String::from_utf8(output.stdout).unwrap();
+            let (_, of_child) = crate::tests::run_outside(&mut Command::new("nice")).unwrap();
             let of_thread = std::thread::spawn(nice).join().unwrap();
             (nice(), of_thread, of_child)
         });

@@ -111,6 +111,24 @@ impl Reaper {
         }
     }
 
+    /// Starts a test's program as a child of this reaper's, which would take its end from std's `wait`.
+    ///
+    /// Gives std's side too, whose pipes are the caller's; waiting is for [`Child::exit`].
+    #[cfg(test)]
+    pub fn spawn(
+        &self,
+        command: &mut std::process::Command,
+    ) -> io::Result<(std::process::Child, Child)> {
+        let exit = Arc::new(Exit::new()?);
+        let mut state = self.state();
+        let spawned = command.spawn()?;
+        let pid = libc::pid_t::try_from(spawned.id()).map_err(io::Error::other)?;
+        state.children.insert(pid, Arc::clone(&exit));
+        state.childless = false;
+        self.changed.notify_all();
+        Ok((spawned, Child { pid, exit }))
+    }
+
     /// Signals the process group that `child` leads; false where the child has ended.
     pub fn signal_group(&self, child: &Child, signal: i32) -> bool {
         let state = self.state();

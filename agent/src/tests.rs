@@ -1,13 +1,15 @@
 //! Sessions end to end, over Unix sockets instead of vsock: real commands run on this machine.
 //!
 //! The tests need what a build machine has: /bin/sh, coreutils, /proc and /dev/pts. They start
-//! processes through sessions only, because the reaper takes every child of the test process.
+//! processes through sessions or [`run_outside`] only, because the reaper takes every child of the test
+//! process.
 
 use std::fs;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{SocketAddr, UnixStream};
+use std::process::{Command, Stdio};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -42,6 +44,16 @@ fn machine() -> &'static Arc<Machine> {
         thread::spawn(move || reaping.reaper.run());
         machine
     })
+}
+
+/// Runs a program that is no session's; gives how it ended and what it printed.
+pub fn run_outside(command: &mut Command) -> std::io::Result<(ExitStatus, String)> {
+    let (spawned, child) = machine().reaper.spawn(command.stdout(Stdio::piped()))?;
+    let mut printed = String::new();
+    if let Some(mut stdout) = spawned.stdout {
+        stdout.read_to_string(&mut printed)?;
+    }
+    Ok((child.exit.wait(PATIENCE)?, printed))
 }
 
 /// A connection from the host that has said nothing yet.

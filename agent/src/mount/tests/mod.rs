@@ -17,13 +17,13 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 use agent::protocol::{
-    self, AFTER_REPLIES, ATTRIBUTES, EMPTY, FromMount, LIST, Mount, MountPoint, MountStream,
-    Mounted, NEW, Open, ToMount, for_agent,
+    self, AFTER_REPLIES, ATTRIBUTES, EMPTY, ExitStatus, FromMount, LIST, Mount, MountPoint,
+    MountStream, Mounted, NEW, Open, ToMount, for_agent,
 };
 use rustix::mount::UnmountFlags;
 use share::{Advice, Channel, HostEvent, Options, Share};
 
-use crate::tests::connect;
+use crate::tests::{connect, run_outside};
 
 /// Connections of requests.
 const QUEUES: u32 = 3;
@@ -309,6 +309,6 @@ impl Drop for Place {
 /// Runs a shell's commands in a directory, as another process.
 pub fn shell(dir: &Path, commands: &str) {
     let mut shell = Command::new("sh");
-    let status = shell.args(["-ec", commands]).current_dir(dir).status();
-    assert!(status.unwrap().success(), "{commands}");
+    let (status, _) = run_outside(shell.args(["-ec", commands]).current_dir(dir)).unwrap();
+    assert_eq!(status, ExitStatus::Code(0), "{commands}");
 }
