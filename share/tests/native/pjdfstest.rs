@@ -8,19 +8,15 @@ use share::{Cache, Options};
 
 use crate::mount::Mounted;
 
-/// What the suite needs to be told: two users who are nobody in particular, and what there is to test.
-const CONFIGURATION: &str = r#"
-[features]
-posix_fallocate = {}
-rename_ctime = {}
-utime_now = {}
-utimensat = {}
-[settings]
-naptime = 0.01
-allow_remount = REMOUNT
-[dummy_auth]
-entries = [["nobody", "nogroup"], ["daemon", "daemon"]]
-"#;
+/// What the suite is told.
+fn configuration(remount: bool) -> String {
+    include_str!("../../../tests/pjdfstest.toml")
+        .replace("REMOUNT", if remount { "true" } else { "false" })
+        .replace("USER1", "nobody")
+        .replace("GROUP1", "nogroup")
+        .replace("USER2", "daemon")
+        .replace("GROUP2", "daemon")
+}
 
 /// Somebody on the host without privileges.
 const USER: (u32, u32) = (1234, 1234);
@@ -28,12 +24,11 @@ const USER: (u32, u32) = (1234, 1234);
 /// Runs the cases whose names match; their names and what came of them.
 fn run(suite: &Path, at: &Path, pattern: &[&str], remount: bool) -> Vec<(String, String)> {
     let dir = tempfile::tempdir().unwrap();
-    let configuration = dir.path().join("configuration.toml");
-    let text = CONFIGURATION.replace("REMOUNT", if remount { "true" } else { "false" });
-    fs::write(&configuration, text).unwrap();
+    let told = dir.path().join("pjdfstest.toml");
+    fs::write(&told, configuration(remount)).unwrap();
     let output = Command::new(suite)
         .arg("-c")
-        .arg(&configuration)
+        .arg(&told)
         .arg("-p")
         .arg(at)
         // Another filesystem, wherever the mount is.

@@ -8,20 +8,6 @@ use std::time::Duration;
 
 use tests::{Guest, User, host};
 
-/// What the suite needs to be told: two users who are nobody in particular, and what there is to test.
-const CONFIGURATION: &str = r#"
-[features]
-posix_fallocate = {}
-rename_ctime = {}
-utime_now = {}
-utimensat = {}
-[settings]
-naptime = 0.02
-allow_remount = REMOUNT
-[dummy_auth]
-entries = [["mvm-one", "mvm-one"], ["mvm-two", "mvm-two"]]
-"#;
-
 /// An emulated machine takes half a minute; a busy one much longer.
 const PATIENCE: Duration = Duration::from_secs(20 * 60);
 
@@ -72,7 +58,12 @@ fn passes(suite: &Path, user: Option<&User>, options: &str) {
     // A case runs a copy of what is found as this, and busybox knows no such copies.
     fs::copy(host::peer(), tools.path().join("sleep")).unwrap();
     for (name, remount) in [("whole", "false"), ("remount", "true")] {
-        let text = CONFIGURATION.replace("REMOUNT", remount);
+        let text = include_str!("../../pjdfstest.toml")
+            .replace("REMOUNT", remount)
+            .replace("USER1", "mvm-one")
+            .replace("GROUP1", "mvm-one")
+            .replace("USER2", "mvm-two")
+            .replace("GROUP2", "mvm-two");
         fs::write(tools.path().join(name).with_extension("toml"), text).unwrap();
     }
     let mut guest = Guest::new()

@@ -4,6 +4,7 @@
 
 mod advising;
 mod mounting;
+mod posix;
 mod replaying;
 
 use std::io::{self, IoSlice, Read, Write};
