@@ -234,9 +234,12 @@ fn a_machine_does_not_end_with_the_terminal_it_was_started_on() {
     command.env("XDG_STATE_HOME", machines.state_dir());
     let session = Running::start(command, Vec::new());
     session.expect_stdout("started\n");
-    rustix::process::kill_process_group(session.pid(), Signal::HUP)
-        .or_else(|_| rustix::process::kill_process(session.pid(), Signal::HUP))
-        .unwrap();
+    // Where the tests were started by nohup, nobody of it minds the first.
+    for signal in [Signal::HUP, Signal::KILL] {
+        rustix::process::kill_process_group(session.pid(), signal)
+            .or_else(|_| rustix::process::kill_process(session.pid(), signal))
+            .unwrap();
+    }
     session.wait();
     let machine = machines.named(&name);
     machine.exec("echo lives").expect_stdout("lives\n");

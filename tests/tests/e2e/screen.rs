@@ -36,6 +36,10 @@ fn full_screen_programs_have_the_screen_its_size_and_job_control() {
         lines[2].starts_with("line 3") && lines[3].starts_with("line 5")
     });
     tmux.type_text("u");
+    // What the editor still sends for 24 lines would leave a terminal of 40 with a region of 24 that scrolls.
+    tmux.expect("the line is back", |lines| {
+        lines[3].starts_with("line 4") && last(lines, 24)
+    });
     tmux.resize(100, 40);
     tmux.expect("the editor fills 40 lines", |lines| {
         lines[3].starts_with("line 4") && last(lines, 40)

@@ -14,7 +14,7 @@ cd "$dir/data"
     wait_for ping 0
     mkdir tree
     number=0
-    while [ $number -lt 300 ]; do
+    while [ $number -lt 200 ]; do
         number=$((number + 1))
         echo $number >tree/made
         read found <tree/made
@@ -23,7 +23,7 @@ cd "$dir/data"
     done
     touch made
     # Each sees at once what the other does.
-    for number in $(seq 1 30); do
+    for number in $(seq 1 10); do
         wait_for ping $number
         echo $number >pong
     done
@@ -47,7 +47,7 @@ before=$(waited)
 echo 0 >ping
 wait_until test -e made
 after=$(waited)
-for number in $(seq 1 300); do
+for number in $(seq 1 200); do
     read found <tree/file-$number
     [ "$found" = "$number" ]
 done
@@ -55,11 +55,11 @@ answered() {
     read found <pong && [ "$found" = "$1" ]
 }
 touch pong
-for number in $(seq 1 30); do
+for number in $(seq 1 10); do
     echo $number >ping
     wait_until answered $number
 done
 wait $machine
-# More than five requests a file.
+# Seventeen times a file, if no request is a call; a host that is busy leaves some to the stream.
 echo "the stream's threads waited $((after - before)) times" >&2
-[ $((after - before)) -lt 500 ]
+[ $((after - before)) -lt 1000 ]
