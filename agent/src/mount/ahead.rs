@@ -2,25 +2,31 @@
 //!
 //! A listing brings the attributes of all that it lists, some twenty entries with one request. A program that goes
 //! through files whose names it has from elsewhere (git from its index, a build from its manifest) asks for each by
-//! itself. The host sees that, and says which directory is better listed, and how much of it.
+//! itself. The host sees that, and says which directory is better listed, and how much of it. Git asks with up to twenty
+//! threads, each in directories of its own, which one thread that lists would not keep up with.
 
 use std::collections::VecDeque;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, Scope};
 use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags, RawDir, openat};
 use rustix::io::Errno;
 
 use super::handle::Handle;
+use super::pump::STACK;
 use super::view::{Lookout, View};
 
 /// How many directories wait to be listed, and of how many it is kept in mind how far that is.
 const DIRECTORIES: usize = 16;
 
-/// For how long the folder is held for the next one.
+/// How many threads help to list while directories wait.
+const HELPERS: usize = 7;
+
+/// For how long the folder is held for the next one, and a thread that helps is there for it.
 const LINGER: Duration = Duration::from_millis(100);
 
 /// How much is read at a time, bytes: as many entries as one reply of the host has.
@@ -39,6 +45,8 @@ pub struct Ahead {
 #[derive(Debug, Default)]
 struct State {
     wanted: VecDeque<Wanted>,
+    /// How many threads help.
+    helpers: usize,
     ended: bool,
 }
 
@@ -60,24 +68,52 @@ impl Ahead {
     /// Nobody will ask any more.
     pub fn end(&self) {
         self.lock().ended = true;
-        self.changed.notify_one();
+        self.changed.notify_all();
     }
 
     /// Lists what is asked for in the folder, until the end.
     pub fn attend(&self, lookout: Lookout) {
-        let mut listings = Listings {
-            lookout,
-            directories: VecDeque::new(),
-            buffer: vec![MaybeUninit::uninit(); BUFFER].into(),
-        };
-        loop {
-            match self.next(listings.lookout.is_open()) {
-                // Whoever needs what it would have brought asks for it, and hears of errors then.
-                Next::List(wanted) => drop(listings.list(wanted)),
-                Next::Nothing => listings.close(),
-                Next::End => return,
+        let mut listings = Listings::new(lookout);
+        thread::scope(|scope| {
+            loop {
+                match self.next(listings.lookout.is_open()) {
+                    Next::List(wanted) => {
+                        if self.wants_help() {
+                            self.start_helper(scope, &listings.lookout);
+                        }
+                        listings.attempt(wanted);
+                    }
+                    Next::Nothing => listings.close(),
+                    Next::End => return,
+                }
             }
+        });
+    }
+
+    /// Starts a thread that helps; without it the others take longer.
+    fn start_helper<'scope>(&'scope self, scope: &'scope Scope<'scope, '_>, lookout: &Lookout) {
+        let listings = Listings::new(lookout.another());
+        let helper = thread::Builder::new().name("fuse-ahead".to_owned());
+        let helper = helper.stack_size(STACK);
+        if helper.spawn_scoped(scope, || self.help(listings)).is_err() {
+            self.lock().helpers -= 1;
         }
+    }
+
+    /// Whether more directories wait than there are threads for; one more is counted then.
+    fn wants_help(&self) -> bool {
+        let mut state = self.lock();
+        let wants = state.helpers < HELPERS && !state.wanted.is_empty();
+        state.helpers += usize::from(wants);
+        wants
+    }
+
+    /// Lists what is asked for, until nothing is.
+    fn help(&self, mut listings: Listings) {
+        while let Next::List(wanted) = self.next(true) {
+            listings.attempt(wanted);
+        }
+        self.lock().helpers -= 1;
     }
 
     /// Waits; not for ever where something `is_open`.
@@ -127,6 +163,20 @@ struct Listing {
 }
 
 impl Listings {
+    fn new(lookout: Lookout) -> Self {
+        Self {
+            lookout,
+            directories: VecDeque::new(),
+            buffer: vec![MaybeUninit::uninit(); BUFFER].into(),
+        }
+    }
+
+    /// Lists a directory as far as that goes: whoever needs what it would have brought asks for it, and hears of errors
+    /// then.
+    fn attempt(&mut self, wanted: Wanted) {
+        let _ = self.list(wanted);
+    }
+
     /// Lists a directory from where that was left off.
     fn list(&mut self, (node, wanted): Wanted) -> io::Result<()> {
         // Where the folder is not at its place any more, nobody looks anything up.

@@ -44,7 +44,7 @@ const STALLED: Timespec = Timespec {
 };
 
 /// Pumps call little and keep their buffers on the heap.
-const STACK: usize = 64 << 10;
+pub const STACK: usize = 64 << 10;
 
 /// Starts the thread that carries the kernel's requests to the host, by `to` or by calls, and what calls answer back.
 pub fn start_requests(

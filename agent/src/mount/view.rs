@@ -41,6 +41,11 @@ impl Lookout {
         }
     }
 
+    /// Onto the same folder, for another thread.
+    pub fn another(&self) -> Self {
+        Self::new(Arc::clone(&self.attached), Arc::clone(&self.root))
+    }
+
     /// The folder; None where it is not at its place any more.
     pub fn view(&mut self) -> io::Result<Option<&View>> {
         if self.view.is_none() {

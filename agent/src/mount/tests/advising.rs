@@ -79,6 +79,40 @@ fn nobody_asks_for_the_capability_of_a_file_that_was_made_just_now() {
 }
 
 #[test]
+fn listing_keeps_up_with_many_threads_that_look_names_up() {
+    const DIRS: usize = 100;
+    const FILES: usize = 100;
+    let (source, at) = (Place::new(), Place::new());
+    for dir in 0..DIRS {
+        let dir = source.path().join(dir.to_string());
+        fs::create_dir(&dir).unwrap();
+        for file in 0..FILES {
+            fs::write(dir.join(file.to_string()), "").unwrap();
+        }
+    }
+    let Some(folder) = Folder::mount(source.path(), &Asked::at(at.path()), Options::default())
+    else {
+        return;
+    };
+    // As many as git has, each in directories of its own.
+    thread::scope(|scope| {
+        for part in 0..20 {
+            let at = at.path();
+            scope.spawn(move || {
+                for dir in (part * DIRS / 20)..((part + 1) * DIRS / 20) {
+                    for file in 0..FILES {
+                        let name = at.join(dir.to_string()).join(file.to_string());
+                        assert!(fs::symlink_metadata(name).unwrap().is_file());
+                    }
+                }
+            });
+        }
+    });
+    let asked = count(&folder, &[LOOKUP]);
+    assert!(asked < DIRS * FILES / 2, "{asked} names were looked up");
+}
+
+#[test]
 fn the_attributes_of_a_directory_that_is_worked_in_are_known_and_right() {
     let (source, at) = (Place::new(), Place::new());
     let Some(folder) = Folder::mount(source.path(), &Asked::at(at.path()), Options::default())

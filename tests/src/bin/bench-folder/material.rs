@@ -117,6 +117,8 @@ fn pack_tree(bench: &Path, count: u64) {
     let git = |arguments: &[&str]| {
         let mut command = tool_command("git", "git");
         command.args(["-c", "user.name=bench", "-c", "user.email=bench@localhost"]);
+        // Git would start one of its own beside the one that is asked for.
+        command.args(["-c", "gc.auto=0"]);
         command.arg("-C").arg(&tree).args(arguments);
         must_succeed(command);
     };
