@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::UNIX_EPOCH;
 
 use tests::host::{self, eventually, must_succeed, tool_command};
 use tests::process::Input;
@@ -40,6 +40,20 @@ impl Guest {
     /// Waits for this line. What the kernel has to say may come before it.
     pub fn expect(&mut self, wanted: &str) {
         while self.line() != wanted {}
+    }
+
+    /// When it has heard of a file, in seconds since 1970 by its own clock.
+    fn heard(&mut self, name: &str) -> f64 {
+        loop {
+            let line = self.line();
+            if let Some((found, when)) = line
+                .strip_prefix("+ ")
+                .and_then(|rest| rest.split_once(' '))
+                && found == name
+            {
+                return when.parse().expect("a time is a number");
+            }
+        }
     }
 
     /// Tells it to do something, and does not wait.
@@ -213,25 +227,36 @@ fn built_kernel() -> PathBuf {
     kernel::cache_dir().join(name).join("vmlinux")
 }
 
-/// How long it takes from a file's appearance on the host to the event in the guest and its news on the host.
+/// How long it takes from a file's appearance on the host to the event in the guest, in seconds, at most.
+///
+/// Host and guest have clocks of their own, which differ by some amount. No news of an event is on the host before the event
+/// is in the guest, so the least of what that seems to take is more than they differ by.
 ///
 /// The files are in a directory of their own, which nobody has watched.
-pub fn event_delays(guest: &mut Guest, place: &Place, count: usize) -> Vec<Duration> {
+pub fn event_delays(guest: &mut Guest, place: &Place, count: usize) -> Vec<f64> {
     let dir = tempfile::tempdir_in(place.path("shared")).expect("a directory can be made");
     let name = dir.path().file_name().unwrap_or_default();
     guest.tell(&format!("events /share/{}", name.display()));
     guest.expect("listening");
+    let now = || {
+        UNIX_EPOCH
+            .elapsed()
+            .expect("it is after 1970")
+            .as_secs_f64()
+    };
     // The first ones have the guest's watch found.
-    let mut delays = Vec::new();
+    let mut there = Vec::new();
+    let mut back = f64::INFINITY;
     for number in 0..count {
         let name = format!("file{number}");
-        let start = Instant::now();
+        let start = now();
         fs::write(dir.path().join(&name), "x").expect("a file can be written");
-        guest.expect(&format!("+ {name}"));
-        delays.push(start.elapsed());
+        let heard = guest.heard(&name);
+        there.push(heard - start);
+        back = back.min(now() - heard);
     }
     fs::write(dir.path().join("stop"), "").expect("a file can be written");
-    guest.expect("+ stop");
+    guest.heard("stop");
     guest.done().expect("the watch ends");
-    delays
+    there.into_iter().map(|seems| seems + back).collect()
 }

@@ -3,11 +3,13 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::path::PathBuf;
+use std::time::UNIX_EPOCH;
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::io::Errno;
 
-/// Says which files appear in `dir`, until one of the name `last` does.
+/// Says which files appear in `dir` and when it hears of each, in seconds since 1970, until one of the name
+/// `last` does.
 pub fn watch_until(dir: &str, last: &str) -> io::Result<()> {
     let queue = inotify::init(CreateFlags::CLOEXEC)?;
     inotify::add_watch(&queue, dir, WatchFlags::CREATE)?;
@@ -19,9 +21,10 @@ pub fn watch_until(dir: &str, last: &str) -> io::Result<()> {
             Err(Errno::INTR) => continue,
             event => event?,
         };
+        let now = UNIX_EPOCH.elapsed().map_err(io::Error::other)?;
         let name = event.file_name().map(|name| name.to_string_lossy());
         let name = name.unwrap_or_default();
-        super::say(&format!("+ {name}"));
+        super::say(&format!("+ {name} {}", now.as_secs_f64()));
         if name == last {
             return Ok(());
         }
