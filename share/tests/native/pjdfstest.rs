@@ -12,10 +12,7 @@ use crate::mount::Mounted;
 fn configuration(remount: bool) -> String {
     include_str!("../../../tests/pjdfstest.toml")
         .replace("REMOUNT", if remount { "true" } else { "false" })
-        .replace("USER1", "nobody")
-        .replace("GROUP1", "nogroup")
-        .replace("USER2", "daemon")
-        .replace("GROUP2", "daemon")
+        .replace("USERS", r#"[["nobody", "nogroup"], ["daemon", "daemon"]]"#)
 }
 
 /// Somebody on the host without privileges.

@@ -60,10 +60,10 @@ fn passes(suite: &Path, user: Option<&User>, options: &str) {
     for (name, remount) in [("whole", "false"), ("remount", "true")] {
         let text = include_str!("../../pjdfstest.toml")
             .replace("REMOUNT", remount)
-            .replace("USER1", "mvm-one")
-            .replace("GROUP1", "mvm-one")
-            .replace("USER2", "mvm-two")
-            .replace("GROUP2", "mvm-two");
+            .replace(
+                "USERS",
+                r#"[["mvm-one", "mvm-one"], ["mvm-two", "mvm-two"]]"#,
+            );
         fs::write(tools.path().join(name).with_extension("toml"), text).unwrap();
     }
     let mut guest = Guest::new()

@@ -23,10 +23,7 @@ fn the_posix_filesystem_test_suite_passes() {
     };
     let configuration = include_str!("../../../../tests/pjdfstest.toml")
         .replace("REMOUNT", "false")
-        .replace("USER1", "nobody")
-        .replace("GROUP1", "nogroup")
-        .replace("USER2", "daemon")
-        .replace("GROUP2", "daemon");
+        .replace("USERS", r#"[["nobody", "nogroup"], ["daemon", "daemon"]]"#);
     let told = other.path().join("pjdfstest.toml");
     fs::write(&told, configuration).unwrap();
     let mut run = Command::new(suite);
