@@ -27,7 +27,7 @@ pub use self::mount::{
 };
 
 /// Changes with every change of a message.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
 /// The vsock port on which the agent listens in the guest.
 pub const AGENT_PORT: u32 = 1024;
@@ -76,11 +76,8 @@ pub enum Open {
         /// Milliseconds between SIGTERM and SIGKILL.
         grace_ms: u32,
     },
-    /// Set CLOCK_REALTIME to this many nanoseconds since 1970; answered with [`Done`].
-    SetTime {
-        /// Nanoseconds since 1970-01-01 UTC.
-        epoch_ns: u64,
-    },
+    /// Tells and sets CLOCK_REALTIME; the connection goes on with [`ShiftClock`], each answered with [`Clock`].
+    Clock,
     /// Becomes a connection to something in the guest: raw bytes follow at once. Where the target
     /// cannot be reached the connection is reset.
     Dial(Target),
@@ -133,6 +130,18 @@ pub struct UserIds {
     /// Its group's.
     pub gid: u32,
 }
+
+/// Adds to the guest's CLOCK_REALTIME: a difference stays right however long the message takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShiftClock {
+    /// Nanoseconds; 0 changes nothing.
+    pub by_ns: i64,
+}
+
+/// The guest's CLOCK_REALTIME, once it is shifted: nanoseconds since 1970-01-01 UTC; or one sentence that says why
+/// it was not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Clock(pub Result<u64, String>);
 
 /// Something in the guest that takes connections or datagrams.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -7,8 +7,8 @@ use std::thread;
 use std::time::Duration;
 
 use agent::protocol::{
-    self, Done, Exec, FromMount, FromSession, Identified, MountStream, Open, Refusal, StreamKind,
-    UserIds,
+    self, Clock, Exec, FromMount, FromSession, Identified, MountStream, Open, Refusal, ShiftClock,
+    StreamKind, UserIds,
 };
 
 use crate::clock;
@@ -134,10 +134,13 @@ fn serve(machine: &Machine, connection: Connection, open: Open) -> io::Result<()
             (machine.power_off)(machine, Duration::from_millis(grace_ms.into()));
             Ok(())
         }
-        Open::SetTime { epoch_ns } => {
-            let set = clock::set(Duration::from_nanos(epoch_ns));
-            let answer = set.map_err(|error| format!("the machine's clock cannot be set: {error}"));
-            protocol::send(&connection, &Done(answer))
+        Open::Clock => {
+            while let Some(ShiftClock { by_ns }) = protocol::receive(&connection)? {
+                let time = clock::shift(by_ns)
+                    .map_err(|error| format!("the machine's clock cannot be set: {error}"));
+                protocol::send(&connection, &Clock(time))?;
+            }
+            Ok(())
         }
         Open::MakeDirectories(directories) => {
             protocol::send(&connection, &directory::make_all(machine, &directories))
