@@ -269,7 +269,7 @@ impl Folder {
 
     /// Unmounts what nobody uses. Fails with a sentence; where it succeeds the mount's end follows.
     fn unmount(&self) -> Result<(), String> {
-        self.replayer.wait_until_idle();
+        self.replayer.let_go();
         let mut unmounted = self.attached.unmount(UnmountFlags::empty());
         for _ in 0..BUSY_TRIES {
             if unmounted != Err(Refusal::Busy) {

@@ -36,11 +36,11 @@ pub struct Redo<'a> {
 }
 
 impl Redo<'_> {
-    /// Makes `change` once more.
+    /// Makes `change` once more, and with the file that it creates the changes `with_it`.
     ///
     /// # Errors
     /// Of the system call; nothing is done on the host in any case.
-    pub fn make(&self, change: &HostChange) -> Result<(), Errno> {
+    pub fn make(&self, change: &HostChange, with_it: &[&HostChange]) -> Result<(), Errno> {
         if change.what == ChangeKind::Overflow {
             self.all();
             return Ok(());
@@ -54,9 +54,16 @@ impl Redo<'_> {
         let new = OFlags::CREATE | OFlags::EXCL | write | read;
         let readable = Mode::from_raw_mode(0o644);
         match &change.what {
-            ChangeKind::CreatedFile => self.again(&directory, name, Errno::EXIST, || {
-                openat(&directory, name, new, readable).map(drop)
-            }),
+            ChangeKind::CreatedFile => {
+                let file = self.again(&directory, name, Errno::EXIST, || {
+                    openat(&directory, name, new, readable)
+                })?;
+                // That it was written and closed is heard when it is closed here.
+                match with_it.iter().any(|with| with.what == ChangeKind::Modified) {
+                    true => modify(&file, b""),
+                    false => Ok(()),
+                }
+            }
             ChangeKind::CreatedDirectory => self.again(&directory, name, Errno::EXIST, || {
                 mkdirat(&directory, name, Mode::from_raw_mode(0o755))
             }),
@@ -142,13 +149,13 @@ impl Redo<'_> {
     }
 
     /// Makes a call, and once more with the name forgotten where it fails with `believed`.
-    fn again(
+    fn again<T>(
         &self,
         directory: &OwnedFd,
         name: &[u8],
         believed: Errno,
-        call: impl Fn() -> Result<(), Errno>,
-    ) -> Result<(), Errno> {
+        call: impl Fn() -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
         match call() {
             Err(errno) if errno == believed => {
                 self.forget(directory, name)?;

@@ -18,9 +18,9 @@ use super::view::{Lookout, View};
 use super::watchers::{Watched, Watchers};
 use crate::tree::Tree;
 
-/// How long the folder is held after a change for the next one. Unmounting it is not refused meanwhile, but its end
-/// comes that much later.
-const LINGER: Duration = Duration::from_millis(100);
+/// How long the folder is held after a change for the next one, as taking hold of it is dear. Where the machine
+/// itself unmounts it, its end comes that much later.
+const LINGER: Duration = Duration::from_secs(1);
 
 /// How far the clocks of host and machine may be apart, in seconds.
 const CLOCKS_DIFFER: i64 = 2;
@@ -33,18 +33,24 @@ const STACK: usize = 128 << 10;
 pub struct Replayer {
     /// The thread, as the kernel names it in its requests.
     pub thread: u32,
-    to: Sender<Vec<HostChange>>,
+    to: Sender<Task>,
     done: Arc<Done>,
     handle: JoinHandle<()>,
+}
+
+/// What the thread is asked for.
+enum Task {
+    Replay(Vec<HostChange>),
+    LetGo,
 }
 
 /// How far the thread is.
 #[derive(Debug)]
 struct Done {
-    /// Replays that were asked for and are not done.
+    /// Tasks that are not done.
     waiting: Mutex<usize>,
     idle: Condvar,
-    /// Counts those that are done.
+    /// Counts replays that are done.
     event: OwnedFd,
 }
 
@@ -90,9 +96,13 @@ impl Replayer {
 
     /// Has these changes done again; [`Replayer::take_replayed`] tells when they are.
     pub fn replay(&self, changes: Vec<HostChange>) {
+        self.ask(Task::Replay(changes));
+    }
+
+    fn ask(&self, task: Task) {
         *self.done.lock() += 1;
         // The thread lives as long as this.
-        let _ = self.to.send(changes);
+        let _ = self.to.send(task);
     }
 
     /// Whether one more replay is done than was told before.
@@ -100,8 +110,9 @@ impl Replayer {
         rustix::io::read(&self.done.event, &mut [0; 8]).is_ok()
     }
 
-    /// Waits until everything that was asked for is done.
-    pub fn wait_until_idle(&self) {
+    /// Waits until everything that was asked for is done, and the folder is not held any more.
+    pub fn let_go(&self) {
+        self.ask(Task::LetGo);
         let waited = self
             .done
             .idle
@@ -128,6 +139,12 @@ impl Done {
     fn lock(&self) -> std::sync::MutexGuard<'_, usize> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// One task is done.
+    fn one(&self) {
+        *self.lock() -= 1;
+        self.idle.notify_all();
+    }
 }
 
 /// What the thread knows.
@@ -149,19 +166,22 @@ pub fn watched(lookout: &mut Lookout) -> Option<&View> {
     })
 }
 
-fn run(mut state: State, from: &Receiver<Vec<HostChange>>, done: &Done) {
+fn run(mut state: State, from: &Receiver<Task>, done: &Done) {
     loop {
         let next = match state.lookout.is_open() {
             true => from.recv_timeout(LINGER),
             false => from.recv().map_err(RecvTimeoutError::from),
         };
         match next {
-            Ok(changes) => {
+            Ok(Task::Replay(changes)) => {
                 state.redo(&changes);
-                *done.lock() -= 1;
-                done.idle.notify_all();
+                done.one();
                 // The counter is far from its end, so the write neither blocks nor fails.
                 let _ = rustix::io::write(&done.event, &1u64.to_ne_bytes());
+            }
+            Ok(Task::LetGo) => {
+                state.lookout.close();
+                done.one();
             }
             Err(RecvTimeoutError::Timeout) => state.lookout.close(),
             Err(RecvTimeoutError::Disconnected) => return,
@@ -191,8 +211,13 @@ impl State {
 }
 
 fn redo_all(redo: &Redo<'_>, changes: &[HostChange]) {
-    for change in wanted(redo.watched, changes) {
-        match redo.make(change) {
+    let wanted = wanted(redo.watched, changes);
+    let mut rest = wanted.as_slice();
+    while let Some((change, later)) = rest.split_first() {
+        let of_it = later.iter().take_while(|next| is_of(change, next)).count();
+        let (with_it, others) = later.split_at(of_it);
+        rest = others;
+        match redo.make(change, with_it) {
             Ok(()) => {}
             // It has gone, or come, or become something else since: a later change tells of that.
             Err(
@@ -236,6 +261,13 @@ fn wanted<'a>(watched: &Watched, changes: &'a [HostChange]) -> Vec<&'a HostChang
     }
     wanted.reverse();
     wanted
+}
+
+/// Whether what follows the creation of a file is what its creator has done with it: both are made with one file.
+fn is_of(change: &HostChange, next: &HostChange) -> bool {
+    change.what == ChangeKind::CreatedFile
+        && matches!(next.what, ChangeKind::Modified | ChangeKind::CloseWrite)
+        && (&change.dir, &change.name) == (&next.dir, &next.name)
 }
 
 /// Whether a name means something else than before.

@@ -6,7 +6,7 @@
 //!
 //! | [`Change`] | what the agent does | what watchers see |
 //! | --- | --- | --- |
-//! | `Created`, a file | open with `O_CREAT`, `O_EXCL` and `O_WRONLY`; close | `IN_CREATE`, `IN_CLOSE_WRITE` |
+//! | `Created`, a file | open with `O_CREAT`, `O_EXCL` and `O_WRONLY`; `Modified` where that follows; close | `IN_CREATE`, `IN_MODIFY`, `IN_CLOSE_WRITE` |
 //! | `Created`, others | mkdir, symlink to anything, or mknod of a FIFO | `IN_CREATE` |
 //! | `Modified` | utimensat of the modification time, `UTIME_OMIT` for the other | `IN_MODIFY` |
 //! | `Attrib` | utimensat of both times | `IN_ATTRIB` |

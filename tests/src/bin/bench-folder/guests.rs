@@ -6,7 +6,8 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::UNIX_EPOCH;
+use std::thread;
+use std::time::{Duration, UNIX_EPOCH};
 
 use tests::host::{self, eventually, must_succeed, tool_command};
 use tests::process::Input;
@@ -14,6 +15,9 @@ use tests::{Running, image, kernel};
 
 /// What each guest has of memory.
 const MEMORY: &str = "3G";
+
+/// Between an event that was heard of and the next one.
+const BETWEEN_EVENTS: Duration = Duration::from_millis(100);
 
 /// A guest that does what it is told, by `peer files`.
 #[derive(Debug)]
@@ -232,7 +236,8 @@ fn built_kernel() -> PathBuf {
 /// Host and guest have clocks of their own, which differ by some amount. No news of an event is on the host before the event
 /// is in the guest, so the least of what that seems to take is more than they differ by.
 ///
-/// The files are in a directory of their own, which nobody has watched.
+/// The files are in a directory of their own, which nobody has watched, and there is some time between two, as where
+/// somebody saves them.
 pub fn event_delays(guest: &mut Guest, place: &Place, count: usize) -> Vec<f64> {
     let dir = tempfile::tempdir_in(place.path("shared")).expect("a directory can be made");
     let name = dir.path().file_name().unwrap_or_default();
@@ -254,6 +259,7 @@ pub fn event_delays(guest: &mut Guest, place: &Place, count: usize) -> Vec<f64> 
         let heard = guest.heard(&name);
         there.push(heard - start);
         back = back.min(now() - heard);
+        thread::sleep(BETWEEN_EVENTS);
     }
     fs::write(dir.path().join("stop"), "").expect("a file can be written");
     guest.heard("stop");
