@@ -30,7 +30,10 @@ pub fn runtime() -> Result<PathBuf> {
 ///
 /// It is made with mode 0700, and refused as [`runtime`] is.
 pub fn state() -> Result<PathBuf> {
-    if let Some(dir) = own_to_outer(rustix::process::getuid().as_raw())? {
+    let uid = rustix::process::getuid().as_raw();
+    if let Some(dir) = own_to_outer(uid)? {
+        let dir = dir.join("state");
+        private_dir(&dir, uid, "another directory")?;
         return Ok(dir);
     }
     let base = match env::var_os("XDG_STATE_HOME").map(PathBuf::from) {
@@ -46,7 +49,7 @@ pub fn state() -> Result<PathBuf> {
     };
     fs::create_dir_all(&base).with_context(|| format!("cannot make {}", base.display()))?;
     let dir = base.join("mvm");
-    private_dir(&dir, rustix::process::getuid().as_raw(), "XDG_STATE_HOME")?;
+    private_dir(&dir, uid, "XDG_STATE_HOME")?;
     Ok(dir)
 }
 

@@ -19,8 +19,9 @@ use super::watchers::{Watched, Watchers};
 use crate::tree::Tree;
 
 /// How long the folder is held after a change for the next one, as taking hold of it is dear. Where the machine
-/// itself unmounts it, its end comes that much later.
+/// itself unmounts it, its end comes that much later, or after the other time where one change follows another.
 const LINGER: Duration = Duration::from_secs(1);
+const MAX_HOLD: Duration = Duration::from_secs(5);
 
 /// How far the clocks of host and machine may be apart, in seconds.
 const CLOCKS_DIFFER: i64 = 2;
@@ -175,6 +176,7 @@ fn run(mut state: State, from: &Receiver<Task>, done: &Done) {
         match next {
             Ok(Task::Replay(changes)) => {
                 state.redo(&changes);
+                state.lookout.close_older(MAX_HOLD);
                 done.one();
                 // The counter is far from its end, so the write neither blocks nor fails.
                 let _ = rustix::io::write(&done.event, &1u64.to_ne_bytes());

@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2, readlinkat};
 use rustix::io::Errno;
@@ -29,6 +30,8 @@ pub struct Lookout {
     attached: Arc<Attached>,
     root: Arc<Tree>,
     view: Option<View>,
+    /// Since when it is held.
+    since: Instant,
 }
 
 impl Lookout {
@@ -38,6 +41,7 @@ impl Lookout {
             attached,
             root,
             view: None,
+            since: Instant::now(),
         }
     }
 
@@ -51,7 +55,10 @@ impl Lookout {
         if self.view.is_none() {
             let opened = self.attached.open(&self.root);
             match opened.and_then(|top| View::new(&top)) {
-                Ok(view) => self.view = Some(view),
+                Ok(view) => {
+                    self.view = Some(view);
+                    self.since = Instant::now();
+                }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error),
             }
@@ -62,6 +69,13 @@ impl Lookout {
     /// Lets go of it, until it is needed again.
     pub fn close(&mut self) {
         self.view = None;
+    }
+
+    /// Lets go of it where it has been held for longer than that: it may not be at its place any more.
+    pub fn close_older(&mut self, age: Duration) {
+        if self.since.elapsed() > age {
+            self.close();
+        }
     }
 
     /// Whether it is held.

@@ -8,8 +8,9 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use agent::protocol::{ChangeKind, FromMount, HostChange, ToMount};
+use agent::protocol::{self, ChangeKind, FromMount, HostChange, ToMount};
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
+use rustix::mount::UnmountFlags;
 use share::{Change, HostEvent, Kind, Options};
 
 use super::{Asked, Folder, Place, receive, shell};
@@ -334,4 +335,27 @@ fn a_mount_with_watchers_is_unmounted_without_them_noticing_who_replays() {
         std::thread::sleep(Duration::from_millis(20));
     }
     folder.assert_over();
+}
+
+#[test]
+fn a_folder_that_the_machine_unmounts_ends_though_the_host_goes_on() {
+    let Some((folder, source, at)) = folder("mkdir dir", false) else {
+        return;
+    };
+    let watching = Watching::of(&[&at.path().join("dir")]);
+    shell(source.path(), ": > dir/new");
+    folder.replay();
+    assert!(!watching.heard().is_empty());
+    rustix::mount::unmount(at.path(), UnmountFlags::DETACH).unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        // The folder may have ended by now.
+        let _ = protocol::send(&folder.control, &ToMount::Replay(Vec::new()));
+        match receive(&folder.control) {
+            FromMount::Replayed => std::thread::sleep(MOMENT),
+            FromMount::Unmounted(outcome) => break outcome.unwrap(),
+            other => panic!("{other:?}"),
+        }
+        assert!(Instant::now() < deadline, "the folder is still mounted");
+    }
 }
