@@ -4,14 +4,15 @@
 //! has changed something where nobody is known to watch, and never more than a twentieth of the time. Whoever
 //! begins to watch before the host changes something is seen, as a look follows that.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{CWD, Dir, Mode, OFlags, openat, readlinkat};
+use rustix::fs::{CWD, Dir, DirEntry, Mode, OFlags, openat, readlinkat};
+use rustix::io::Errno;
 
 use super::handle::Handle;
 use super::replay;
@@ -59,7 +60,16 @@ pub struct Watchers {
     device: u64,
     /// What was seen last.
     pub watched: Watched,
+    /// Who need not be looked at.
+    fileless: HashSet<Process>,
     next: Option<Instant>,
+}
+
+/// A process: its number, and that of its directory in /proc, which the next process of that number does not have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Process {
+    pid: u64,
+    directory: u64,
 }
 
 impl Watchers {
@@ -68,6 +78,7 @@ impl Watchers {
         Self {
             device,
             watched: Watched::default(),
+            fileless: HashSet::new(),
             next: None,
         }
     }
@@ -78,7 +89,7 @@ impl Watchers {
             thread::sleep(next.saturating_duration_since(Instant::now()));
         }
         let start = Instant::now();
-        let (handles, everything) = handles_on(self.device);
+        let (handles, everything) = self.handles();
         let files = match handles.is_empty() {
             true => HashMap::new(),
             false => {
@@ -90,6 +101,56 @@ impl Watchers {
         let pause = (start.elapsed() * PAUSE_FACTOR).clamp(MIN_PAUSE, MAX_PAUSE);
         self.next = Some(Instant::now() + pause);
     }
+
+    /// All files of the device that somebody watches, and whether there are more than are told apart.
+    fn handles(&mut self) -> (Vec<Handle>, bool) {
+        let mut found = Vec::new();
+        let mut lines = 0;
+        for Process { pid, .. } in self.processes() {
+            for descriptor in inotify_descriptors(pid) {
+                // A process may have ended since.
+                let Ok(info) = File::open(format!("/proc/{pid}/fdinfo/{descriptor}")) else {
+                    continue;
+                };
+                for handle in handles_in(BufReader::new(info), self.device) {
+                    found.push(handle);
+                    lines += 1;
+                    if lines >= MAX_WATCHED {
+                        return (found, true);
+                    }
+                }
+            }
+        }
+        (found, false)
+    }
+
+    /// All processes that may watch something. Most of a small machine are threads of the kernel, and looked at once.
+    fn processes(&mut self) -> Vec<Process> {
+        let known = std::mem::take(&mut self.fileless);
+        let is_fileless = |process: &Process| known.contains(process) || is_fileless(process.pid);
+        let (fileless, others): (Vec<_>, _) = processes().into_iter().partition(is_fileless);
+        self.fileless = fileless.into_iter().collect();
+        others
+    }
+}
+
+/// Whether a process never opens a file (again): one without a program is a thread of the kernel, or has ended.
+fn is_fileless(pid: u64) -> bool {
+    readlinkat(CWD, format!("/proc/{pid}/exe"), Vec::new()) == Err(Errno::NOENT)
+}
+
+fn processes() -> Vec<Process> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let Ok(directory) = openat(CWD, "/proc", flags, Mode::empty()) else {
+        return Vec::new();
+    };
+    let process = |entry: DirEntry| {
+        Some(Process {
+            pid: number(&entry)?,
+            directory: entry.ino(),
+        })
+    };
+    entries(&directory).filter_map(process).collect()
 }
 
 /// The paths of those that still have one.
@@ -99,28 +160,6 @@ fn with_paths(handles: Vec<Handle>, view: &View) -> HashMap<Vec<u8>, Handle> {
         Some((view.path_below(&file)?, handle))
     });
     found.collect()
-}
-
-/// All files of a device that somebody watches, and whether there are more than are told apart.
-fn handles_on(device: u64) -> (Vec<Handle>, bool) {
-    let mut found = Vec::new();
-    let mut lines = 0;
-    for process in numbers_in("/proc") {
-        // Threads of the kernel have none, and a process may have ended since.
-        for descriptor in inotify_descriptors(process) {
-            let Ok(info) = File::open(format!("/proc/{process}/fdinfo/{descriptor}")) else {
-                continue;
-            };
-            for handle in handles_in(BufReader::new(info), device) {
-                found.push(handle);
-                lines += 1;
-                if lines >= MAX_WATCHED {
-                    return (found, true);
-                }
-            }
-        }
-    }
-    (found, false)
 }
 
 fn inotify_descriptors(process: u64) -> Vec<u64> {
@@ -133,7 +172,8 @@ fn inotify_descriptors(process: u64) -> Vec<u64> {
         let link = readlinkat(&directory, number.to_string(), Vec::new());
         link.is_ok_and(|link| link.as_bytes() == INOTIFY)
     };
-    numbers(&directory).filter(is_inotify).collect()
+    let numbers = entries(&directory).filter_map(|entry| number(&entry));
+    numbers.filter(is_inotify).collect()
 }
 
 /// The watches of one instance on a device.
@@ -167,24 +207,23 @@ fn parse(line: &str, device: u64) -> Option<Handle> {
     }
 }
 
-fn numbers_in(path: &str) -> Vec<u64> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let opened = openat(CWD, path, flags, Mode::empty());
-    opened.map_or_else(|_| Vec::new(), |directory| numbers(&directory).collect())
+/// The entries of a directory, as far as it can be read.
+fn entries(directory: &OwnedFd) -> impl Iterator<Item = DirEntry> + use<> {
+    let entries = Dir::read_from(directory).ok();
+    entries.into_iter().flatten().map_while(Result::ok)
 }
 
-/// The entries of a directory that are numbers.
-fn numbers(directory: &OwnedFd) -> impl Iterator<Item = u64> + use<> {
-    let entries = Dir::read_from(directory).ok();
-    entries.into_iter().flatten().filter_map(|entry| {
-        let entry = entry.ok()?;
-        entry.file_name().to_str().ok()?.parse().ok()
-    })
+/// The number that an entry is called.
+fn number(entry: &DirEntry) -> Option<u64> {
+    entry.file_name().to_str().ok()?.parse().ok()
 }
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
+    use crate::tests::eventually;
 
     #[test]
     fn watches_of_one_device_are_told_from_all_else() {
@@ -195,6 +234,31 @@ mod tests {
         let found: Vec<_> = handles_in(info.as_bytes(), 0x33).collect();
         let nodes: Vec<_> = found.iter().map(Handle::node).collect();
         assert_eq!(nodes, [Some(9)]);
+    }
+
+    #[test]
+    fn threads_of_the_kernel_and_ended_processes_are_not_looked_at() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let pid = u64::from(child.id());
+        let mut watchers = Watchers::new(0);
+        let mut is_seen = || {
+            let seen = watchers.processes();
+            seen.iter().any(|process| process.pid == pid)
+        };
+        assert!(is_seen() && is_seen());
+        child.kill().unwrap();
+        // It stays in /proc until it is waited for.
+        eventually("its files are closed", || !is_seen());
+        child.wait().unwrap();
+        let own = u64::from(std::process::id());
+        for _ in 0..2 {
+            let seen = watchers.processes();
+            assert!(seen.iter().any(|process| process.pid == own));
+            assert!(
+                seen.iter()
+                    .all(|process| !watchers.fileless.contains(process))
+            );
+        }
     }
 
     #[test]
