@@ -233,9 +233,14 @@ impl Running {
 
     /// Waits until it has written more than `before` lines to standard output; the one after those.
     pub fn expect_line(&self, before: usize) -> String {
+        self.expect_line_within(before, LIMIT)
+    }
+
+    /// As [`Running::expect_line`], where a line may take so long.
+    pub fn expect_line_within(&self, before: usize, limit: Duration) -> String {
         let mut from = 0;
         for _ in 0..=before {
-            match self.stdout.wait_for(from, "\n", LIMIT) {
+            match self.stdout.wait_for(from, "\n", limit) {
                 Some(after) => from = after,
                 None => panic!("no line {before} comes from {}", self.so_far()),
             }

@@ -109,7 +109,7 @@ struct Options {
 /// What of it all is measured.
 #[derive(Default)]
 struct Chosen {
-    /// Rows that have this in their names.
+    /// Rows that have one of these in their names, between commas.
     only: String,
     /// Not this way.
     without: String,
@@ -139,7 +139,7 @@ impl Options {
                 "--only" => options.chosen.only = value,
                 "--without" => options.chosen.without = value,
                 other => panic!(
-                    "{other}: the options are --write, --rounds N, --divide N, --only ROW and --without WAY"
+                    "{other}: the options are --write, --rounds N, --divide N, --only ROW[,ROW] and --without WAY"
                 ),
             }
         }
@@ -150,7 +150,8 @@ impl Options {
 impl Chosen {
     fn rows(&self, size: Size) -> Vec<Row> {
         let mut rows = rows(size);
-        rows.retain(|row| row.name.contains(&self.only));
+        let is_chosen = |row: &Row| self.only.split(',').any(|part| row.name.contains(part));
+        rows.retain(is_chosen);
         rows
     }
 }

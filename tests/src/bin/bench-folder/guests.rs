@@ -16,6 +16,9 @@ use tests::{Running, image, kernel};
 /// What each guest has of memory.
 const MEMORY: &str = "3G";
 
+/// What one piece of work may take: unpacking 40,000 files where machines are emulated.
+const PATIENCE: Duration = Duration::from_secs(3 * 3600);
+
 /// Between an event that was heard of and the next one.
 const BETWEEN_EVENTS: Duration = Duration::from_millis(100);
 
@@ -36,7 +39,7 @@ impl Guest {
 
     /// Its next line.
     pub fn line(&mut self) -> String {
-        let line = self.process.expect_line(self.lines);
+        let line = self.process.expect_line_within(self.lines, PATIENCE);
         self.lines += 1;
         line.trim_end_matches('\r').to_owned()
     }
