@@ -91,9 +91,12 @@ fn commands_do_not_end_with_each_other() {
 fn a_thousand_orphans_leave_no_zombie() {
     let machines = Machines::new();
     let machine = machines.idle(Guest::new());
-    // Each subshell's parent has ended before it ends itself, so that it becomes a child of process 1.
+    // Whoever outlives its parent becomes a child of process 1 while it runs, and who does not, when both have ended.
     machine
-        .exec("for i in $(seq 1000); do sh -c '(sleep 1; exit 3) & exit 0'; done")
+        .exec(
+            "for i in $(seq 50); do sh -c '(sleep 1; exit 3) & exit 0'; done; \
+             for i in $(seq 950); do ( (exit 3) & ); done",
+        )
         .expect_code(0);
     // The idle command's own, and this one's.
     let count = "grep -l '^PPid:.1$' /proc/[0-9]*/status 2>/dev/null | wc -l";
