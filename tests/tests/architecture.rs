@@ -28,6 +28,7 @@ const LARGE_FUNCTIONS: &[(&str, &str, &str)] = &[];
 
 /// The files that may hold unsafe code besides those of tests, by what they need it for.
 const UNSAFE_FILES: &[(&str, &str)] = &[
+    ("agent/src/clock.rs", "adjtimex"),
     ("agent/src/console.rs", "dup2 onto its own standard streams"),
     ("agent/src/entropy.rs", "an ioctl of the entropy pool"),
     ("agent/src/init.rs", "fork while there is one thread"),
