@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::DirEntryExt;
 
 /// PF_KTHREAD of the kernel's include/linux/sched.h, in the flags field of /proc/PID/stat.
 const PF_KTHREAD: u64 = 0x0020_0000;
@@ -19,20 +20,41 @@ pub struct Process {
     pub is_kernel: bool,
 }
 
-/// Lists what runs now; processes that come or go meanwhile may or may not be there.
-pub fn list() -> io::Result<Vec<Process>> {
-    let mut processes = Vec::new();
+/// A process by its directory in /proc.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Entry {
+    /// Its number.
+    pub pid: libc::pid_t,
+    /// The directory's inode, which the next process of that number does not have.
+    pub inode: u64,
+}
+
+/// What runs now; processes that come or go meanwhile may or may not be there.
+pub fn entries() -> io::Result<Vec<Entry>> {
+    let mut entries = Vec::new();
     for entry in fs::read_dir("/proc")? {
-        let name = entry?.file_name();
-        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
-            continue;
-        };
-        // A process that has ended since has no such file.
-        if let Ok(stat) = fs::read(format!("/proc/{pid}/stat")) {
-            processes.extend(parse_stat(pid, &stat));
+        let entry = entry?;
+        if let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse().ok())
+        {
+            let inode = entry.ino();
+            entries.push(Entry { pid, inode });
         }
     }
-    Ok(processes)
+    Ok(entries)
+}
+
+/// Lists what runs now, as [`entries`] does.
+pub fn list() -> io::Result<Vec<Process>> {
+    let entries = entries()?.into_iter();
+    Ok(entries.filter_map(|entry| find(entry.pid)).collect())
+}
+
+/// The process of this number; None where it has ended.
+pub fn find(pid: libc::pid_t) -> Option<Process> {
+    parse_stat(pid, &fs::read(format!("/proc/{pid}/stat")).ok()?)
 }
 
 /// The living processes of a session.

@@ -5,6 +5,7 @@ use std::fs;
 use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
 
 use super::attach::device_of;
+use crate::process::{self, Entry};
 
 /// So many are named.
 const MAX_NAMED: usize = 5;
@@ -12,9 +13,9 @@ const MAX_NAMED: usize = 5;
 /// One sentence that says who uses the filesystem with this device number.
 pub fn sentence(device: u64) -> String {
     let mut users = Vec::new();
-    for process in processes() {
-        if let Some(how) = usage(process, device) {
-            users.push(format!("{} (pid {process}, {how})", name(process)));
+    for Entry { pid, .. } in process::entries().unwrap_or_default() {
+        if let Some(how) = usage(pid, device) {
+            users.push(format!("{} (pid {pid}, {how})", name(pid)));
         }
     }
     let more = users.len().saturating_sub(MAX_NAMED);
@@ -29,7 +30,7 @@ pub fn sentence(device: u64) -> String {
 }
 
 /// What a process has of the filesystem: the first thing that is found.
-fn usage(process: u32, device: u64) -> Option<&'static str> {
+fn usage(process: libc::pid_t, device: u64) -> Option<&'static str> {
     let is_there = |path: &str| {
         // Nobody is asked: the kernel knows what a file is on.
         let seen = statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::empty());
@@ -65,19 +66,12 @@ fn mapped(line: &str) -> Option<u64> {
     Some(parse(major)? << 20 | parse(minor)?)
 }
 
-fn name(process: u32) -> String {
+fn name(process: libc::pid_t) -> String {
     let name = fs::read_to_string(format!("/proc/{process}/comm"));
     name.map_or_else(
         |_| "a process".to_owned(),
         |name| name.trim_end().to_owned(),
     )
-}
-
-fn processes() -> Vec<u32> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
-        .collect()
 }
 
 #[cfg(test)]

@@ -11,12 +11,12 @@ use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::fs::{CWD, Dir, DirEntry, Mode, OFlags, openat, readlinkat};
-use rustix::io::Errno;
+use rustix::fs::{CWD, Dir, Mode, OFlags, openat, readlinkat};
 
 use super::handle::Handle;
 use super::replay;
 use super::view::{Lookout, View};
+use crate::process::{self, Entry};
 
 /// What an inotify instance's descriptor links to.
 const INOTIFY: &[u8] = b"anon_inode:inotify";
@@ -60,16 +60,9 @@ pub struct Watchers {
     device: u64,
     /// What was seen last.
     pub watched: Watched,
-    /// Who need not be looked at.
-    fileless: HashSet<Process>,
+    /// Threads of the kernel, which watch nothing.
+    kernel: HashSet<Entry>,
     next: Option<Instant>,
-}
-
-/// A process: its number, and that of its directory in /proc, which the next process of that number does not have.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct Process {
-    pid: u64,
-    directory: u64,
 }
 
 impl Watchers {
@@ -78,7 +71,7 @@ impl Watchers {
         Self {
             device,
             watched: Watched::default(),
-            fileless: HashSet::new(),
+            kernel: HashSet::new(),
             next: None,
         }
     }
@@ -105,8 +98,7 @@ impl Watchers {
     /// All files of the device that somebody watches, and whether there are more than are told apart.
     fn handles(&mut self) -> (Vec<Handle>, bool) {
         let mut found = Vec::new();
-        let mut lines = 0;
-        for Process { pid, .. } in self.processes() {
+        for Entry { pid, .. } in self.processes() {
             for descriptor in inotify_descriptors(pid) {
                 // A process may have ended since.
                 let Ok(info) = File::open(format!("/proc/{pid}/fdinfo/{descriptor}")) else {
@@ -114,8 +106,7 @@ impl Watchers {
                 };
                 for handle in handles_in(BufReader::new(info), self.device) {
                     found.push(handle);
-                    lines += 1;
-                    if lines >= MAX_WATCHED {
+                    if found.len() >= MAX_WATCHED {
                         return (found, true);
                     }
                 }
@@ -125,33 +116,18 @@ impl Watchers {
     }
 
     /// All processes that may watch something. Most of a small machine are threads of the kernel, and looked at once.
-    fn processes(&mut self) -> Vec<Process> {
-        let known = std::mem::take(&mut self.fileless);
-        let is_fileless = |process: &Process| known.contains(process) || is_fileless(process.pid);
-        let (fileless, others): (Vec<_>, _) = processes().into_iter().partition(is_fileless);
-        self.fileless = fileless.into_iter().collect();
+    fn processes(&mut self) -> Vec<Entry> {
+        let known = std::mem::take(&mut self.kernel);
+        let is_kernel = |entry: &Entry| known.contains(entry) || is_kernel(entry.pid);
+        let entries = process::entries().unwrap_or_default().into_iter();
+        let (kernel, others): (Vec<_>, _) = entries.partition(is_kernel);
+        self.kernel = kernel.into_iter().collect();
         others
     }
 }
 
-/// Whether a process never opens a file (again): one without a program is a thread of the kernel, or has ended. So is
-/// what the kernel itself starts (modprobe) for the moment before its program is executed.
-fn is_fileless(pid: u64) -> bool {
-    readlinkat(CWD, format!("/proc/{pid}/exe"), Vec::new()) == Err(Errno::NOENT)
-}
-
-fn processes() -> Vec<Process> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let Ok(directory) = openat(CWD, "/proc", flags, Mode::empty()) else {
-        return Vec::new();
-    };
-    let process = |entry: DirEntry| {
-        Some(Process {
-            pid: number(&entry)?,
-            directory: entry.ino(),
-        })
-    };
-    entries(&directory).filter_map(process).collect()
+fn is_kernel(pid: libc::pid_t) -> bool {
+    process::find(pid).is_some_and(|process| process.is_kernel)
 }
 
 /// The paths of those that still have one.
@@ -163,7 +139,7 @@ fn with_paths(handles: Vec<Handle>, view: &View) -> HashMap<Vec<u8>, Handle> {
     found.collect()
 }
 
-fn inotify_descriptors(process: u64) -> Vec<u64> {
+fn inotify_descriptors(process: libc::pid_t) -> Vec<u64> {
     let path = format!("/proc/{process}/fd");
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let Ok(directory) = openat(CWD, path, flags, Mode::empty()) else {
@@ -173,8 +149,7 @@ fn inotify_descriptors(process: u64) -> Vec<u64> {
         let link = readlinkat(&directory, number.to_string(), Vec::new());
         link.is_ok_and(|link| link.as_bytes() == INOTIFY)
     };
-    let numbers = entries(&directory).filter_map(|entry| number(&entry));
-    numbers.filter(is_inotify).collect()
+    numbers(&directory).filter(is_inotify).collect()
 }
 
 /// The watches of one instance on a device.
@@ -208,15 +183,13 @@ fn parse(line: &str, device: u64) -> Option<Handle> {
     }
 }
 
-/// The entries of a directory, as far as it can be read.
-fn entries(directory: &OwnedFd) -> impl Iterator<Item = DirEntry> + use<> {
+/// The entries of a directory that are numbers.
+fn numbers(directory: &OwnedFd) -> impl Iterator<Item = u64> + use<> {
     let entries = Dir::read_from(directory).ok();
-    entries.into_iter().flatten().map_while(Result::ok)
-}
-
-/// The number that an entry is called.
-fn number(entry: &DirEntry) -> Option<u64> {
-    entry.file_name().to_str().ok()?.parse().ok()
+    entries.into_iter().flatten().filter_map(|entry| {
+        let entry = entry.ok()?;
+        entry.file_name().to_str().ok()?.parse().ok()
+    })
 }
 
 #[cfg(test)]
@@ -235,32 +208,32 @@ mod tests {
     }
 
     #[test]
-    fn who_has_no_files_is_not_looked_at_until_its_number_is_anothers() {
+    fn a_thread_of_the_kernel_is_not_looked_at_until_its_number_is_anothers() {
         let mut watchers = Watchers::new(0);
         let own = |watchers: &mut Watchers| {
             let mut processes = watchers.processes().into_iter();
-            processes.find(|process| process.pid == std::process::id().into())
+            processes.find(|process| process.pid.cast_unsigned() == std::process::id())
         };
         let found = own(&mut watchers).unwrap();
-        let gone = Process {
-            directory: found.directory + 1,
+        let gone = Entry {
+            inode: found.inode + 1,
             ..found
         };
-        watchers.fileless.insert(gone);
+        watchers.kernel.insert(gone);
         assert_eq!(own(&mut watchers), Some(found));
-        assert!(!watchers.fileless.contains(&gone));
-        watchers.fileless.insert(found);
+        assert!(!watchers.kernel.contains(&gone));
+        watchers.kernel.insert(found);
         for _ in 0..2 {
             assert_eq!(own(&mut watchers), None);
         }
     }
 
     #[test]
-    fn threads_of_the_kernel_have_no_files() {
-        assert!(!is_fileless(std::process::id().into()));
+    fn threads_of_the_kernel_are_told_from_others() {
+        assert!(!is_kernel(std::process::id().cast_signed()));
         // A container may not show it.
         let name = std::fs::read_to_string("/proc/2/comm").unwrap_or_default();
-        assert!(name != "kthreadd\n" || is_fileless(2));
+        assert!(name != "kthreadd\n" || is_kernel(2));
     }
 
     #[test]
